@@ -125,6 +125,22 @@ pub enum RegionError {
         /// What to do about it.
         remedy: String,
     },
+    /// The region is larger than the store that shall fill it.
+    #[error("the region of {size_bytes} bytes is larger than its store of {store_bytes} bytes")]
+    StoreTooSmall {
+        /// The store's size.
+        store_bytes: u64,
+        /// The region's size.
+        size_bytes: u64,
+    },
+    /// The store counts in other pages than this kernel.
+    #[error("the store's pages have {store_bytes} bytes, this kernel's {region_bytes}; serve it with the same page size")]
+    PageSizeDiffers {
+        /// The store's page size.
+        store_bytes: u64,
+        /// This kernel's page size.
+        region_bytes: u64,
+    },
     /// The range does not lie inside the region.
     #[error("{len} bytes from offset {offset} reach past the region's {size_bytes} bytes")]
     OutOfRange {

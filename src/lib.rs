@@ -3,11 +3,20 @@
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 
 mod error;
+mod options;
 mod page;
 mod page_store;
+mod pager;
+mod region;
+mod service;
 mod stats;
+mod sys;
 
 pub use error::{NetError, RegionError, StoreError};
+pub use options::{FaultAround, Loss, LossPolicy, OnLoss, PagerOptions, RegionEvent, Verdict};
 pub use page::{Extent, PageSize};
 pub use page_store::{Content, PULL_EXTENT_BYTES, PageStore, Pull, ReadAfterRead, Run};
+pub use pager::Pager;
+pub use region::{Capabilities, Region, RegionBuilder, RegionStore, ResidencySnapshot};
+pub use service::{DEFAULT_POLL_BUDGET, Service};
 pub use stats::{HOPS, Hop, Hops, Latency, Stats};

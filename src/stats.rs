@@ -8,26 +8,30 @@ use std::{
     time::Duration,
 };
 
-/// A hop of a page's journey as the pager sees it. `Wire`, `serve` and `reply` happen at and on the way to the peer; the pager
-/// measures them together as [`Hop::Store`]; a peer reports its own share in [`Hop::Serve`].
+/// A hop of a page's journey, or a stretch of several, as far as this process can measure it. A region fills `Decide`, `Store`, `Install` and
+/// `Total`; a peer fills `Request`, `Wire`, `Serve` and `Reply`, which together are the region's `Store`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hop {
-    /// From the event being readable to it being read: the pager's wake-up is not visible here, only its queueing.
-    Fault,
-    /// Deciding what to ask for.
+    /// From the fault message being read to the request being made.
     Decide,
-    /// From the request to the reply at this end: request, wire, serve, reply.
+    /// From the request to the pages at hand: all that happens in the store.
     Store,
-    /// The part of `Store` spent at the peer, as told by it (zero for a local store).
+    /// From the request to its bytes being handed to QUIC.
+    Request,
+    /// From there to the first byte of the reply, without `Serve`: encryption, both networks' stacks, both ways.
+    Wire,
+    /// At the peer, as told by it: from the request being decoded to the pages being read.
     Serve,
-    /// The install ioctl, which also wakes the waiters.
+    /// From the first byte of the reply to the pages at hand.
+    Reply,
+    /// The install call, which also wakes the waiters.
     Install,
-    /// All of it: from reading the event to the waiters being woken.
+    /// From the fault message being read to the waiters being woken.
     Total,
 }
 
-/// All hops, in the order of the journey.
-pub const HOPS: [Hop; 6] = [Hop::Fault, Hop::Decide, Hop::Store, Hop::Serve, Hop::Install, Hop::Total];
+/// All of them, in the order of the journey.
+pub const HOPS: [Hop; 8] = [Hop::Decide, Hop::Store, Hop::Request, Hop::Wire, Hop::Serve, Hop::Reply, Hop::Install, Hop::Total];
 
 /// Four buckets a power of two from 256 ns to about 1.2 hours: an error of at most 19 % of the value.
 const BUCKETS: usize = 4 * 34;

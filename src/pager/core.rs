@@ -1,0 +1,309 @@
+//! The decisions about one region: what to do about a fault, a reply, a discard.
+//!
+//! Role: hop *decide*. Neighbours: `engine` feeds it messages and replies and carries out what it answers; it knows pages and no bytes,
+//! no addresses and no clock, so that every order of events can be enumerated. Invariants, each checked by the model test below:
+//! a page on its way is not asked for twice; only pages still wanted are installed (S4); a discarded page never gets store
+//! bytes again; the number of pages asked for because of faults stays within the bound, the faults beyond it wait in order.
+
+use super::{
+    around::Around,
+    residency::{PageState, Residency},
+};
+use crate::Extent;
+use std::collections::VecDeque;
+
+/// Why pages are brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// A thread waits for them.
+    Demand,
+    /// A neighbour faulted.
+    Around,
+    /// The background pull streams them, asked or not.
+    Pull,
+}
+
+/// What to do about a fault.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Decision {
+    /// It is here already: wake the thread.
+    Wake,
+    /// It was discarded: it holds zeros.
+    Zero,
+    /// It is on its way, or waits for its turn to be asked for.
+    Joined,
+    /// Ask for the page first, then for its neighbours.
+    Ask { around: Vec<Extent> },
+}
+
+/// See the module header.
+#[derive(Clone, Debug)]
+pub(crate) struct Core {
+    residency: Residency,
+    around: Around,
+    /// Pages asked for and not yet answered.
+    in_flight_pages: u64,
+    max_in_flight_pages: u64,
+    /// Faults that wait because the bound is reached. They count as asked.
+    waiting: VecDeque<u64>,
+}
+
+impl Core {
+    pub(crate) fn new(pages: u64, resident: bool, around: Around, max_in_flight_pages: u64) -> Core {
+        let residency = Residency::new(pages, resident);
+        Core { residency, around, in_flight_pages: 0, max_in_flight_pages: max_in_flight_pages.max(1), waiting: VecDeque::new() }
+    }
+
+    pub(crate) fn residency(&self) -> &Residency {
+        &self.residency
+    }
+
+    /// A thread touched `page` and waits.
+    pub(crate) fn fault(&mut self, page: u64) -> Decision {
+        match self.residency.state(page) {
+            // Another fault on the page, or the pull, was faster. A poisoned page sends no message: this one is older than the poison.
+            PageState::Resident | PageState::Lost => Decision::Wake,
+            PageState::Discarded => Decision::Zero,
+            // The kernel says it is missing: the discard's zap came after the zeros were put there.
+            PageState::ResidentOnceDiscarded => {
+                self.residency.discard(Extent::page(page));
+                Decision::Zero
+            }
+            PageState::Asked => Decision::Joined,
+            PageState::Missing => {
+                self.residency.ask(Extent::page(page));
+                if self.in_flight_pages >= self.max_in_flight_pages {
+                    self.waiting.push_back(page);
+                    return Decision::Joined;
+                }
+                self.in_flight_pages += 1;
+                let window = self.around.window(page);
+                Decision::Ask { around: self.claim(window, self.max_in_flight_pages - self.in_flight_pages) }
+            }
+        }
+    }
+
+    /// Marks up to `limit_pages` missing pages of `within` as asked for; the caller asks for what this returns, and says
+    /// [`Core::answered`] for each.
+    fn claim(&mut self, within: Extent, limit_pages: u64) -> Vec<Extent> {
+        let mut left = limit_pages;
+        let mut claimed = Vec::new();
+        for extent in self.residency.unasked(within) {
+            let extent = Extent::between(extent.first(), extent.end().min(extent.first().saturating_add(left)));
+            if extent.is_empty() {
+                break;
+            }
+            left -= extent.count();
+            claimed.push(extent);
+        }
+        for extent in &claimed {
+            self.residency.ask(*extent);
+            self.in_flight_pages += extent.count();
+        }
+        claimed
+    }
+
+    /// Pages of `within` that somebody wants resident soon (populate): claimed up to the bound.
+    pub(crate) fn want(&mut self, within: Extent) -> Vec<Extent> {
+        let room = self.max_in_flight_pages.saturating_sub(self.in_flight_pages);
+        self.claim(within, room)
+    }
+
+    /// A request for `extent` is over, whatever came of it. Pages of it still marked as asked are missing again. Returns the
+    /// faults that may be asked for now.
+    pub(crate) fn answered(&mut self, extent: Extent) -> Vec<u64> {
+        self.residency.unask(extent);
+        self.in_flight_pages = self.in_flight_pages.saturating_sub(extent.count());
+        let mut now = Vec::new();
+        while self.in_flight_pages < self.max_in_flight_pages {
+            let Some(page) = self.waiting.pop_front() else { break };
+            // It may have come with a pull, or have been discarded, while it waited.
+            if self.residency.state(page) == PageState::Asked {
+                self.in_flight_pages += 1;
+                now.push(page);
+            }
+        }
+        now
+    }
+
+    /// Which of the pages that arrived shall be installed. A demanded or neighbouring page must still be asked for: if it is not, it was
+    /// installed from elsewhere or the program discarded it meanwhile. A pulled page must be missing.
+    pub(crate) fn arrived(&self, extent: Extent, origin: Origin) -> Vec<Extent> {
+        match origin {
+            Origin::Demand | Origin::Around => self.residency.asked(extent).collect(),
+            Origin::Pull => self.residency.missing(extent).collect(),
+        }
+    }
+
+    /// The kernel put off installing pages that were wanted: they stay asked for until it takes them.
+    pub(crate) fn postponed(&mut self, extent: Extent) {
+        self.residency.ask(extent);
+    }
+
+    /// The kernel has the pages.
+    pub(crate) fn installed(&mut self, extent: Extent) {
+        self.residency.install(extent);
+    }
+
+    /// The program gave the pages back to the kernel, or unmapped them.
+    pub(crate) fn discarded(&mut self, extent: Extent) {
+        self.residency.discard(extent);
+    }
+
+    /// Gives up what is missing of `extent`; the caller poisons what this returns.
+    pub(crate) fn lose(&mut self, extent: Extent) -> Vec<Extent> {
+        let lost: Vec<Extent> = self.residency.missing(extent).collect();
+        for extent in &lost {
+            self.residency.lose(*extent);
+        }
+        lost
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    fn core(pages: u64, base: u64, bound: u64) -> Core {
+        Core::new(pages, false, Around::new(base, base), bound)
+    }
+
+    #[test]
+    fn the_faulting_page_is_asked_for_first_and_its_neighbours_behind_it() {
+        let mut core = core(64, 8, 64);
+        assert_eq!(core.fault(10), Decision::Ask { around: vec![Extent::between(8, 10), Extent::between(11, 16)] });
+        assert_eq!(core.fault(12), Decision::Joined);
+        assert_eq!(core.fault(10), Decision::Joined);
+    }
+
+    #[test]
+    fn a_discard_makes_the_reply_in_flight_stale() {
+        let mut core = core(8, 1, 8);
+        assert_eq!(core.fault(3), Decision::Ask { around: vec![] });
+        core.discarded(Extent::page(3));
+        assert_eq!(core.arrived(Extent::page(3), Origin::Demand), []);
+        assert_eq!(core.arrived(Extent::page(3), Origin::Pull), []);
+        assert_eq!(core.fault(3), Decision::Zero);
+        core.installed(Extent::page(3));
+        // The kernel zapped the zero page after the message had been read: still zeros, never the store's bytes.
+        assert_eq!(core.fault(3), Decision::Zero);
+    }
+
+    #[test]
+    fn faults_beyond_the_bound_wait_in_order_and_are_asked_for_as_answers_come() {
+        let mut core = core(8, 1, 2);
+        assert_eq!(core.fault(0), Decision::Ask { around: vec![] });
+        assert_eq!(core.fault(1), Decision::Ask { around: vec![] });
+        assert_eq!(core.fault(2), Decision::Joined);
+        assert_eq!(core.fault(3), Decision::Joined);
+        // Page 2 comes with the pull while it waits.
+        core.installed(Extent::page(2));
+        core.installed(Extent::page(0));
+        assert_eq!(core.answered(Extent::page(0)), [3]);
+        core.installed(Extent::page(1));
+        assert!(core.answered(Extent::page(1)).is_empty());
+    }
+
+    #[derive(Clone, Debug)]
+    enum Event {
+        Fault(u64),
+        /// The nth request in flight is answered with its pages.
+        Reply(usize),
+        /// The nth request in flight fails and is asked for again.
+        Fail(usize),
+        Pulled(Extent),
+        Discard(Extent),
+        Lose(Extent),
+        Populate(Extent),
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        let extent = || (0u64..24, 1u64..6).prop_map(|(first, count)| Extent::between(first, (first + count).min(24)));
+        prop_oneof![
+            6 => (0u64..24).prop_map(Event::Fault),
+            6 => (0usize..8).prop_map(Event::Reply),
+            1 => (0usize..8).prop_map(Event::Fail),
+            2 => extent().prop_map(Event::Pulled),
+            2 => extent().prop_map(Event::Discard),
+            1 => extent().prop_map(Event::Lose),
+            1 => extent().prop_map(Event::Populate),
+        ]
+    }
+
+    proptest! {
+        /// Any order of events: a page is asked for once at a time, store bytes never land on a page that is present or was discarded, the
+        /// bound holds, and once all requests are answered no fault is left waiting.
+        #[test]
+        fn every_order_of_events_keeps_the_invariants(base in 1u64..9, bound in 1u64..10, events in proptest::collection::vec(event(), 0..80)) {
+            let mut core = core(24, base, bound);
+            let mut in_flight: Vec<Extent> = Vec::new();
+            let (mut present, mut discarded, mut lost) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+            let mut blocked: BTreeSet<u64> = BTreeSet::new();
+            let mut answer_all = vec![Event::Reply(0); 200];
+            for event in events.into_iter().chain(answer_all.drain(..)) {
+                match event {
+                    Event::Fault(page) => {
+                        blocked.insert(page);
+                        match core.fault(page) {
+                            Decision::Wake => { prop_assert!(present.contains(&page) || lost.contains(&page)); blocked.remove(&page); }
+                            Decision::Zero => {
+                                prop_assert!(discarded.contains(&page));
+                                core.installed(Extent::page(page));
+                                present.insert(page);
+                                blocked.remove(&page);
+                            }
+                            Decision::Joined => prop_assert!(!present.contains(&page) && !discarded.contains(&page)),
+                            Decision::Ask { around } => { in_flight.push(Extent::page(page)); in_flight.extend(around); }
+                        }
+                    }
+                    Event::Populate(within) => in_flight.extend(core.want(within)),
+                    Event::Reply(n) if n < in_flight.len() => {
+                        let extent = in_flight.remove(n);
+                        for wanted in core.arrived(extent, Origin::Demand) {
+                            for page in wanted.pages() {
+                                prop_assert!(!discarded.contains(&page) && present.insert(page), "page {} installed twice", page);
+                                blocked.remove(&page);
+                            }
+                            core.installed(wanted);
+                        }
+                        in_flight.extend(core.answered(extent).into_iter().map(Extent::page));
+                    }
+                    Event::Fail(n) if n < in_flight.len() => { /* tried again: it stays in flight */ }
+                    Event::Reply(_) | Event::Fail(_) => {}
+                    Event::Pulled(extent) => for wanted in core.arrived(extent, Origin::Pull) {
+                        for page in wanted.pages() {
+                            prop_assert!(!discarded.contains(&page) && present.insert(page));
+                            blocked.remove(&page);
+                        }
+                        core.installed(wanted);
+                    },
+                    Event::Discard(extent) => {
+                        core.discarded(extent);
+                        for page in extent.pages() {
+                            present.remove(&page);
+                            lost.remove(&page);
+                            discarded.insert(page);
+                            // The shell wakes waiters of a removed range: they fault again and get zeros.
+                            blocked.remove(&page);
+                        }
+                    }
+                    Event::Lose(extent) => for gone in core.lose(extent) {
+                        for page in gone.pages() {
+                            prop_assert!(!present.contains(&page));
+                            lost.insert(page);
+                            blocked.remove(&page);
+                        }
+                    },
+                }
+                let total: u64 = in_flight.iter().map(|extent| extent.count()).sum();
+                prop_assert!(total <= bound, "{} pages in flight, the bound is {}", total, bound);
+                let unique: BTreeSet<u64> = in_flight.iter().flat_map(|extent| extent.pages()).collect();
+                let stale = in_flight.iter().flat_map(|extent| extent.pages()).filter(|page| discarded.contains(page)).count();
+                prop_assert!(unique.len() as u64 == total || stale > 0, "a page is asked for twice");
+            }
+            prop_assert!(in_flight.is_empty() && blocked.is_empty(), "blocked for ever: {:?}", blocked);
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! Which pages are missing, asked for, resident, discarded or lost.
+//!
+//! Role: the memory of hop *decide*. Neighbours: `core` alone holds one. Invariants: four bits a page and no more (the budget is one
+//! byte); a page is *missing* when it is neither resident nor discarded nor lost, and only a missing page is ever asked for.
+
+use crate::Extent;
+use bitvec::prelude::{BitSlice, BitVec, Lsb0};
+
+type Plane = BitVec<u64, Lsb0>;
+
+/// See the module header.
+#[derive(Clone, Debug)]
+pub(crate) struct Residency {
+    resident: Plane,
+    asked: Plane,
+    discarded: Plane,
+    lost: Plane,
+}
+
+/// What is known of one page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PageState {
+    Missing,
+    Asked,
+    Resident,
+    /// The program gave it back; it reads as zeros from now on, whatever the store holds.
+    Discarded,
+    /// Resident now, but discarded at some time: if the kernel says it is missing again, it is zeros.
+    ResidentOnceDiscarded,
+    /// Poisoned by the loss policy.
+    Lost,
+}
+
+impl Residency {
+    /// `pages` pages, all missing, or all resident.
+    pub(crate) fn new(pages: u64, resident: bool) -> Residency {
+        let len = index(pages);
+        let empty: Plane = BitVec::repeat(false, len);
+        Residency { resident: BitVec::repeat(resident, len), asked: empty.clone(), discarded: empty.clone(), lost: empty }
+    }
+
+    pub(crate) fn extent(&self) -> Extent {
+        Extent::between(0, self.resident.len() as u64)
+    }
+
+    pub(crate) fn state(&self, page: u64) -> PageState {
+        let page = index(page);
+        if self.lost[page] {
+            PageState::Lost
+        } else if self.resident[page] {
+            if self.discarded[page] { PageState::ResidentOnceDiscarded } else { PageState::Resident }
+        } else if self.discarded[page] {
+            PageState::Discarded
+        } else if self.asked[page] {
+            PageState::Asked
+        } else {
+            PageState::Missing
+        }
+    }
+
+    /// The request for these pages is on its way.
+    pub(crate) fn ask(&mut self, extent: Extent) {
+        slice(&mut self.asked, extent).fill(true);
+    }
+
+    /// The request is over without these pages being installed.
+    pub(crate) fn unask(&mut self, extent: Extent) {
+        slice(&mut self.asked, extent).fill(false);
+    }
+
+    pub(crate) fn install(&mut self, extent: Extent) {
+        slice(&mut self.resident, extent).fill(true);
+        slice(&mut self.asked, extent).fill(false);
+    }
+
+    pub(crate) fn discard(&mut self, extent: Extent) {
+        slice(&mut self.resident, extent).fill(false);
+        slice(&mut self.asked, extent).fill(false);
+        // MADV_DONTNEED clears a poison marker as well.
+        slice(&mut self.lost, extent).fill(false);
+        slice(&mut self.discarded, extent).fill(true);
+    }
+
+    pub(crate) fn lose(&mut self, extent: Extent) {
+        slice(&mut self.asked, extent).fill(false);
+        slice(&mut self.lost, extent).fill(true);
+    }
+
+    /// Extents inside `within` whose pages have no data yet and should have: asked for or not.
+    pub(crate) fn missing(&self, within: Extent) -> impl Iterator<Item = Extent> + '_ {
+        self.runs(within, |this, page| !this.resident[page] && !this.discarded[page] && !this.lost[page])
+    }
+
+    /// Extents inside `within` that are missing and that nobody asked for.
+    pub(crate) fn unasked(&self, within: Extent) -> impl Iterator<Item = Extent> + '_ {
+        self.runs(within, |this, page| !this.resident[page] && !this.discarded[page] && !this.lost[page] && !this.asked[page])
+    }
+
+    /// Extents inside `within` that are missing and asked for.
+    pub(crate) fn asked(&self, within: Extent) -> impl Iterator<Item = Extent> + '_ {
+        self.runs(within, |this, page| this.asked[page] && !this.resident[page])
+    }
+
+    /// Extents inside `within` that were lost.
+    pub(crate) fn lost(&self, within: Extent) -> impl Iterator<Item = Extent> + '_ {
+        self.runs(within, |this, page| this.lost[page])
+    }
+
+    /// Extents inside `within` that hold data.
+    pub(crate) fn resident(&self, within: Extent) -> impl Iterator<Item = Extent> + '_ {
+        self.runs(within, |this, page| this.resident[page])
+    }
+
+    pub(crate) fn resident_pages(&self) -> u64 {
+        self.resident.count_ones() as u64
+    }
+
+    pub(crate) fn discarded_pages(&self) -> u64 {
+        let words = self.discarded.as_raw_slice().iter().zip(self.resident.as_raw_slice());
+        words.map(|(discarded, resident)| u64::from((discarded & !resident).count_ones())).sum()
+    }
+
+    pub(crate) fn lost_pages(&self) -> u64 {
+        self.lost.count_ones() as u64
+    }
+
+    /// Bytes of memory used.
+    pub(crate) fn heap_bytes(&self) -> usize {
+        [&self.resident, &self.asked, &self.discarded, &self.lost].iter().map(|plane| plane.capacity() / 8).sum()
+    }
+
+    fn runs<'a>(&'a self, within: Extent, holds: impl Fn(&Residency, usize) -> bool + 'a) -> impl Iterator<Item = Extent> + 'a {
+        let within = within.intersect(self.extent()).unwrap_or_default();
+        let mut next = within.first();
+        std::iter::from_fn(move || {
+            while next < within.end() && !holds(self, index(next)) {
+                next += 1;
+            }
+            let first = next;
+            while next < within.end() && holds(self, index(next)) {
+                next += 1;
+            }
+            let run = Extent::between(first, next);
+            (!run.is_empty()).then_some(run)
+        })
+    }
+}
+
+/// Page numbers index bits: a region's pages fit in memory many times over, so they fit `usize`.
+#[allow(clippy::cast_possible_truncation, reason = "a page number of a region of this process is far below usize::MAX")]
+fn index(page: u64) -> usize {
+    page as usize
+}
+
+fn slice(plane: &mut Plane, extent: Extent) -> &mut BitSlice<u64, Lsb0> {
+    let end = index(extent.end()).min(plane.len());
+    let first = index(extent.first()).min(end);
+    &mut plane[first..end]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PAGES: u64 = 150;
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Ask(Extent),
+        Unask(Extent),
+        Install(Extent),
+        Discard(Extent),
+        Lose(Extent),
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        let extent = (0..PAGES, 0u64..40).prop_map(|(first, count)| Extent::between(first, (first + count).min(PAGES)));
+        (0..5, extent).prop_map(|(kind, extent)| match kind {
+            0 => Op::Ask(extent),
+            1 => Op::Unask(extent),
+            2 => Op::Install(extent),
+            3 => Op::Discard(extent),
+            _ => Op::Lose(extent),
+        })
+    }
+
+    /// The naive model: one record a page, changed page by page.
+    #[derive(Clone, Copy, Default)]
+    struct Page {
+        resident: bool,
+        asked: bool,
+        discarded: bool,
+        lost: bool,
+    }
+
+    proptest! {
+        #[test]
+        fn bit_planes_agree_with_a_naive_model(ops in proptest::collection::vec(op(), 0..40), within in (0..PAGES, 0..PAGES)) {
+            let mut ours = Residency::new(PAGES, false);
+            let mut naive = vec![Page::default(); PAGES as usize];
+            for op in ops {
+                let (extent, change): (Extent, fn(&mut Page)) = match op {
+                    Op::Ask(extent) => { ours.ask(extent); (extent, |page| page.asked = true) }
+                    Op::Unask(extent) => { ours.unask(extent); (extent, |page| page.asked = false) }
+                    Op::Install(extent) => { ours.install(extent); (extent, |page| { page.resident = true; page.asked = false }) }
+                    Op::Discard(extent) => {
+                        ours.discard(extent);
+                        (extent, |page| *page = Page { discarded: true, ..Page::default() })
+                    }
+                    Op::Lose(extent) => { ours.lose(extent); (extent, |page| { page.asked = false; page.lost = true }) }
+                };
+                extent.pages().for_each(|page| change(&mut naive[page as usize]));
+            }
+            let within = Extent::between(within.0.min(within.1), within.0.max(within.1));
+            let pages = |holds: fn(&Page) -> bool| -> Vec<u64> {
+                within.pages().filter(|page| holds(&naive[*page as usize])).collect()
+            };
+            let flat = |runs: Vec<Extent>| -> Vec<u64> { runs.into_iter().flat_map(Extent::pages).collect() };
+            prop_assert_eq!(flat(ours.missing(within).collect()), pages(|p| !p.resident && !p.discarded && !p.lost));
+            prop_assert_eq!(flat(ours.unasked(within).collect()), pages(|p| !p.resident && !p.discarded && !p.lost && !p.asked));
+            prop_assert_eq!(flat(ours.resident(within).collect()), pages(|p| p.resident));
+            prop_assert_eq!(flat(ours.lost(within).collect()), pages(|p| p.lost));
+            let count = |holds: fn(&Page) -> bool| naive.iter().filter(|page| holds(page)).count() as u64;
+            prop_assert_eq!(ours.resident_pages(), count(|p| p.resident));
+            prop_assert_eq!(ours.discarded_pages(), count(|p| p.discarded && !p.resident));
+            prop_assert_eq!(ours.lost_pages(), count(|p| p.lost));
+        }
+    }
+
+    #[test]
+    fn a_page_costs_half_a_byte() {
+        let pages = 1 << 20;
+        assert!(Residency::new(pages, false).heap_bytes() as u64 <= pages / 2 + 64);
+    }
+}

@@ -1,0 +1,348 @@
+//! What a program holds: a range of its memory that pageferry fills and follows.
+//!
+//! Role: chooses the backend of a region, reads and writes it soundly, and ends it without a zero page. Neighbours: `pager` fills it; `migrate` moves it; `net`
+//! serves it through [`RegionStore`]. Invariants: S1 (a drop unmaps before anything is unregistered), S8 (no `&[u8]` of live memory).
+
+mod builder;
+mod capabilities;
+mod serve;
+
+use crate::{
+    Extent, Hops, PageSize, Pager, RegionError, RegionEvent, Stats,
+    pager::{Engine, RegionId},
+    stats::Counters,
+    sys::Mapping,
+};
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64},
+    },
+};
+use tokio::sync::broadcast;
+
+pub use builder::RegionBuilder;
+pub use capabilities::Capabilities;
+pub use serve::RegionStore;
+
+/// A page-aligned range of this process's memory. Cheap to clone; the memory goes with the last clone.
+///
+/// Without a store it is plain zeroed memory. With one ([`RegionBuilder::store`]) it starts empty: the first touch of a page, from any thread and from
+/// inside system calls too, waits until the page has come from the store.
+///
+/// Reading and writing: other threads, and the pager, change the memory at any time, so no `&[u8]` of it is ever given out (S8,
+/// docs/safety.md). Safe code copies ([`read_at`](Region::read_at), [`write_at`](Region::write_at)) or shares atomics
+/// ([`atomics_u64`](Region::atomics_u64)). [`as_ptr`](Region::as_ptr) is for programs that bring their own discipline.
+///
+/// Threads: all methods may be called from any thread. A thread that touches a missing page blocks, whatever runs on it: a worker of an asynchronous runtime
+/// does no other work meanwhile. [`populate`](Region::populate) waits without blocking.
+///
+/// Dropping the last clone unmaps the memory. Threads that still wait for a page of it get SIGSEGV, never a page of zeros.
+///
+/// ```
+/// use pageferry::Region;
+/// let region = Region::builder().name("scores").size(1 << 20).open()?;
+/// region.write_at(4096, b"hello")?;
+/// let mut five = [0; 5];
+/// region.read_at(4096, &mut five)?;
+/// assert_eq!(&five, b"hello");
+/// # Ok::<(), pageferry::RegionError>(())
+/// ```
+#[derive(Clone)]
+pub struct Region {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    name: String,
+    size_bytes: u64,
+    page: PageSize,
+    /// `None` only while the drop unmaps it.
+    mapping: Option<Arc<Mapping>>,
+    paged: Option<Paged>,
+}
+
+/// The part of a region that a pager fills.
+struct Paged {
+    pager: Pager,
+    id: RegionId,
+    counters: Arc<Counters>,
+    events: broadcast::Sender<RegionEvent>,
+}
+
+/// Counts of pages by state; they add up to `pages`.
+///
+/// ```
+/// let region = pageferry::Region::builder().size(10 * 4096).open()?;
+/// let residency = region.residency();
+/// assert_eq!((residency.pages, residency.resident, residency.missing()), (10, 10, 0));
+/// # Ok::<(), pageferry::RegionError>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResidencySnapshot {
+    /// All pages of the region.
+    pub pages: u64,
+    /// Pages that hold their data here. A region without a store counts all.
+    pub resident: u64,
+    /// Pages the program discarded and has not touched since; they read as zeros.
+    pub discarded: u64,
+    /// Pages given up by the loss policy.
+    pub lost: u64,
+}
+
+impl ResidencySnapshot {
+    /// Pages whose data has not come yet.
+    #[must_use]
+    pub fn missing(&self) -> u64 {
+        self.pages - self.resident - self.discarded - self.lost
+    }
+}
+
+impl Region {
+    /// Starts to describe a region.
+    #[must_use]
+    pub fn builder() -> RegionBuilder {
+        RegionBuilder::new()
+    }
+
+    /// The name it was given, by which peers ask for it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// The size asked for, in bytes.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.inner.size_bytes
+    }
+
+    /// The unit in which it is filled.
+    #[must_use]
+    pub fn page_size(&self) -> PageSize {
+        self.inner.page
+    }
+
+    /// All its pages.
+    #[must_use]
+    pub fn extent(&self) -> Extent {
+        Extent::between(0, self.inner.page.pages_for(self.inner.size_bytes))
+    }
+
+    /// Start of the memory, valid for [`len`](Region::len) bytes while a clone of the region lives. See docs/safety.md for what may be done with it: in short, a
+    /// slice made from it is sound only while nobody writes the range, and a touch may block or, when the peer is lost, raise
+    /// SIGBUS.
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.mapping().as_ptr()
+    }
+
+    /// Bytes mapped: the size rounded up to whole pages.
+    #[must_use]
+    #[allow(clippy::len_without_is_empty, reason = "a region is never empty")]
+    pub fn len(&self) -> usize {
+        self.mapping().len()
+    }
+
+    /// Copies bytes out. Each aligned 8-byte word is read at once; a racing writer's words are old or new.
+    ///
+    /// Blocks while a page is missing.
+    ///
+    /// # Errors
+    /// [`RegionError::OutOfRange`]; [`RegionError::Lost`] instead of a signal if pages of the range were given up before the call.
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), RegionError> {
+        self.refuse_lost(offset, into.len())?;
+        self.mapping().read_at(offset, into)
+    }
+
+    /// Copies bytes in, as [`read_at`](Region::read_at) copies out.
+    ///
+    /// # Errors
+    /// As for [`read_at`](Region::read_at).
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), RegionError> {
+        self.refuse_lost(offset, bytes.len())?;
+        self.mapping().write_at(offset, bytes)
+    }
+
+    /// `count` words at `offset` (a multiple of 8) as shared atomics: the way to keep a data structure in a region in safe code.
+    /// No page is touched before the words are.
+    ///
+    /// # Errors
+    /// [`RegionError::OutOfRange`], [`RegionError::Misaligned`].
+    pub fn atomics_u64(&self, offset: u64, count: usize) -> Result<&[AtomicU64], RegionError> {
+        self.mapping().words64(offset, count)
+    }
+
+    /// As [`atomics_u64`](Region::atomics_u64), for 32 bits.
+    ///
+    /// # Errors
+    /// [`RegionError::OutOfRange`], [`RegionError::Misaligned`].
+    pub fn atomics_u32(&self, offset: u64, count: usize) -> Result<&[AtomicU32], RegionError> {
+        self.mapping().words32(offset, count)
+    }
+
+    /// Brings a range of bytes in and returns when it is resident: for buffers that go to system calls where only user-mode
+    /// faults are served, and to wait without blocking a thread.
+    ///
+    /// Cancellation: what was asked for still comes.
+    ///
+    /// # Errors
+    /// [`RegionError::OutOfRange`], [`RegionError::Lost`].
+    pub async fn populate(&self, range: Range<u64>) -> Result<(), RegionError> {
+        let within = self.pages_of(range)?;
+        let Some(paged) = &self.inner.paged else { return Ok(()) };
+        let (engine, id) = (paged.pager.engine().clone(), paged.id);
+        // On the service: the requests belong to its runtime, the waiting task may be the caller's.
+        paged.pager.service().spawn(engine.populate(id, within)).await.map_err(|_| RegionError::PagerStopped)?
+    }
+
+    /// As [`populate`](Region::populate), blocking the calling thread.
+    ///
+    /// # Errors
+    /// As for [`populate`](Region::populate), and [`RegionError::PagerStopped`] on the pager's own thread, which would wait for itself.
+    pub fn populate_blocking(&self, range: Range<u64>) -> Result<(), RegionError> {
+        let within = self.pages_of(range)?;
+        let Some(paged) = &self.inner.paged else { return Ok(()) };
+        let (engine, id) = (paged.pager.engine().clone(), paged.id);
+        paged.pager.service().run(engine.populate(id, within)).unwrap_or(Err(RegionError::PagerStopped))
+    }
+
+    /// Streams everything that is missing in the background; returns when nothing is. Faults overtake it.
+    ///
+    /// Cancellation: dropping the future leaves the pull running; dropping the region ends it.
+    ///
+    /// # Errors
+    /// [`RegionError::Lost`] when pages were given up, [`RegionError::PagerStopped`] when the region was dropped meanwhile.
+    pub async fn pull(&self) -> Result<(), RegionError> {
+        let Some(paged) = &self.inner.paged else { return Ok(()) };
+        let pull = Engine::pull(Arc::downgrade(paged.pager.engine()), paged.id);
+        paged.pager.service().spawn(pull).await.map_err(|_| RegionError::PagerStopped)?
+    }
+
+    /// Gives pages back to the kernel (`MADV_DONTNEED`): they read as zeros from then on, whatever the store holds. `range` in bytes must be
+    /// whole pages.
+    ///
+    /// # Errors
+    /// [`RegionError::OutOfRange`], [`RegionError::Misaligned`].
+    pub fn discard(&self, range: Range<u64>) -> Result<(), RegionError> {
+        for offset in [range.start, range.end] {
+            if !offset.is_multiple_of(self.inner.page.bytes()) {
+                return Err(RegionError::Misaligned { offset, align: self.inner.page.len() });
+            }
+        }
+        let extent = self.pages_of(range)?;
+        if extent.is_empty() {
+            return Ok(());
+        }
+        let len = usize::try_from(extent.bytes(self.inner.page)).unwrap_or(usize::MAX);
+        self.mapping().discard(self.inner.page.offset_of(extent.first()), len)
+    }
+
+    /// How many pages are in which state, now.
+    #[must_use]
+    pub fn residency(&self) -> ResidencySnapshot {
+        let pages = self.extent().count();
+        let look = |paged: &Paged| {
+            paged.pager.engine().with_entry(paged.id, |entry| {
+                let residency = entry.residency();
+                let (resident, discarded, lost) = (residency.resident_pages(), residency.discarded_pages(), residency.lost_pages());
+                ResidencySnapshot { pages, resident, discarded, lost }
+            })
+        };
+        let all = ResidencySnapshot { pages, resident: pages, discarded: 0, lost: 0 };
+        self.inner.paged.as_ref().and_then(look).unwrap_or(all)
+    }
+
+    /// The extents that hold their data here, in order.
+    #[must_use]
+    pub fn resident_extents(&self) -> Vec<Extent> {
+        let all = self.extent();
+        let look = |paged: &Paged| {
+            paged.pager.engine().with_entry(paged.id, |entry| entry.residency().resident(all).collect::<Vec<Extent>>())
+        };
+        self.inner.paged.as_ref().and_then(look).unwrap_or_else(|| vec![all])
+    }
+
+    /// What happened so far. All zero for a region without a store.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.inner.paged.as_ref().map(|paged| paged.counters.snapshot()).unwrap_or_default()
+    }
+
+    /// Latency by hop; `None` for a region without a store.
+    #[must_use]
+    pub fn hops(&self) -> Option<&Hops> {
+        self.inner.paged.as_ref().map(|paged| &paged.counters.hops)
+    }
+
+    /// Bytes of memory that following this region's pages takes, beside the pages themselves.
+    #[must_use]
+    pub fn overhead_bytes(&self) -> usize {
+        let look = |paged: &Paged| paged.pager.engine().with_entry(paged.id, |entry| entry.residency().heap_bytes());
+        self.inner.paged.as_ref().and_then(look).unwrap_or(0) + size_of::<Inner>() + size_of::<Counters>()
+    }
+
+    /// News of this region from now on. A receiver that falls 64 events behind misses the oldest.
+    #[must_use]
+    pub fn events(&self) -> broadcast::Receiver<RegionEvent> {
+        self.inner.paged.as_ref().map_or_else(|| broadcast::channel(1).1, |paged| paged.events.subscribe())
+    }
+
+    fn mapping(&self) -> &Arc<Mapping> {
+        let Some(mapping) = &self.inner.mapping else { unreachable!("a region is unmapped only by the drop of its last handle") };
+        mapping
+    }
+
+    fn pages_of(&self, range: Range<u64>) -> Result<Extent, RegionError> {
+        let len = range.end.saturating_sub(range.start);
+        let out = RegionError::OutOfRange { offset: range.start, len, size_bytes: self.len() as u64 };
+        if range.end > self.len() as u64 || range.start > range.end {
+            return Err(out);
+        }
+        self.inner.page.extent_of(range.start, len).ok_or(out)
+    }
+
+    fn refuse_lost(&self, offset: u64, len: usize) -> Result<(), RegionError> {
+        let Some(paged) = &self.inner.paged else { return Ok(()) };
+        if paged.counters.pages_poisoned.load(std::sync::atomic::Ordering::Relaxed) == 0 {
+            return Ok(());
+        }
+        let Some(extent) = self.inner.page.extent_of(offset, len as u64) else { return Ok(()) };
+        let lost = paged.pager.engine().with_entry(paged.id, |entry| entry.first_lost(extent)).flatten();
+        lost.map_or(Ok(()), |(extent, cause)| Err(RegionError::Lost { extent, cause }))
+    }
+}
+
+impl std::fmt::Debug for Region {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Region")
+            .field("name", &self.inner.name)
+            .field("start", &self.as_ptr())
+            .field("residency", &self.residency())
+            .finish()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let (mapping, Some(paged)) = (self.mapping.take(), self.paged.take()) else { return };
+        let Some((start, len)) = mapping.as_ref().map(|mapping| (mapping.address(), mapping.len())) else { return };
+        let on_its_thread = paged.pager.service().is_current();
+        paged.pager.engine().leave(paged.id);
+        // munmap(2) of a registered range waits until the pager has read the message about it; only after it are waiters woken, so none ever
+        // finds a page there (S1).
+        let unmap = move || {
+            drop(mapping);
+            paged.pager.engine().left(paged.id, start, len);
+        };
+        // A store or callback may hold the last handle: then this is the pager's thread, which must not wait for itself (S2).
+        if on_its_thread {
+            if std::thread::Builder::new().name("pageferry-unmap".into()).spawn(unmap).is_err() {
+                tracing::error!(start, len, "no thread to unmap a region from; the range leaks");
+            }
+        } else {
+            unmap();
+        }
+    }
+}

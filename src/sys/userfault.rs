@@ -1,0 +1,371 @@
+//! A userfaultfd descriptor: open, register, read messages, install, poison, wake.
+//!
+//! Role: hops *fault* (reading messages) and *install*/*wake* (ioctls) of a page's journey. Neighbours: `pager` calls it and
+//! decides; no decision above reads an errno. Invariants: U1 of `sys`; the descriptor is non-blocking (poll on a blocking one
+//! answers POLLERR) and closed only when no registered page that should hold data is missing (S1, kept by `pager`).
+//!
+//! The `userfaultfd` crate does messages and registration; opening falls back further than the crate's, and installs need the
+//! outcome of a partial copy, which the crate turns into an unsigned number; so these ioctls are declared here from linux/userfaultfd.h.
+
+use nix::errno::Errno;
+use std::{
+    fs::OpenOptions,
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+};
+use userfaultfd::{Event, EventBuffer, FaultKind, Uffd};
+
+/// How the descriptor was obtained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// `/dev/userfaultfd`: file permissions decide; faults from kernel code are served too.
+    Device,
+    /// The system call with `CAP_SYS_PTRACE` or `vm.unprivileged_userfaultfd=1`; faults from kernel code are served too.
+    SystemCall,
+    /// `UFFD_USER_MODE_ONLY`: a system call that touches a missing page fails with EFAULT; populate such buffers first.
+    UserModeOnly,
+}
+
+/// Why no descriptor could be opened: what each way answered.
+#[derive(Debug)]
+pub(crate) struct OpenError {
+    pub(crate) device: io::Error,
+    pub(crate) full: Errno,
+    pub(crate) user_mode: Errno,
+}
+
+/// Feature bits of `UFFDIO_API` (linux/userfaultfd.h).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Features(u64);
+
+impl Features {
+    pub(crate) const WRITE_PROTECT: Features = Features(1 << 0);
+    pub(crate) const EVENT_FORK: Features = Features(1 << 1);
+    pub(crate) const EVENT_REMAP: Features = Features(1 << 2);
+    pub(crate) const EVENT_REMOVE: Features = Features(1 << 3);
+    pub(crate) const EVENT_UNMAP: Features = Features(1 << 6);
+    pub(crate) const WP_UNPOPULATED: Features = Features(1 << 13);
+    pub(crate) const POISON: Features = Features(1 << 14);
+    pub(crate) const WP_ASYNC: Features = Features(1 << 15);
+    pub(crate) const MOVE: Features = Features(1 << 16);
+
+    pub(crate) fn bits(self) -> u64 {
+        self.0
+    }
+
+    pub(crate) fn contains(self, other: Features) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    pub(crate) const fn and(self, other: Features) -> Features {
+        Features(self.0 | other.0)
+    }
+}
+
+/// One message of the kernel, addresses as numbers.
+#[derive(Debug)]
+pub(crate) enum Message {
+    Fault {
+        address: usize,
+    },
+    Remove {
+        start: usize,
+        len: usize,
+    },
+    Unmap {
+        start: usize,
+        len: usize,
+    },
+    Remap {
+        from: usize,
+        to: usize,
+        len: usize,
+    },
+    /// The child's own descriptor; closing it before its missing pages are settled would show zeros to the child.
+    Fork {
+        child: Userfault,
+    },
+}
+
+/// Why an install stopped before its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// The page at this point is present already; nothing was woken.
+    AlreadyHere,
+    /// The mapping is changing, or memory is short for now: read messages and try again.
+    Again,
+    /// The range is not registered any more, or spans more than one mapping.
+    Gone,
+    /// The process that owns the memory has exited.
+    Exited,
+    /// An errno that a correct caller does not meet.
+    Failed(Errno),
+}
+
+/// See the module header.
+#[derive(Debug)]
+pub(crate) struct Userfault {
+    uffd: Uffd,
+    access: Access,
+    features: Features,
+}
+
+const API: u64 = 0xAA;
+const COPY_OR_ZERO_DONE_AT_START: i64 = 0;
+
+#[repr(C)]
+struct ApiArgument {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct CopyArgument {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copy: i64,
+}
+
+/// `uffdio_zeropage` and `uffdio_poison` have the same layout: a range, a mode, and the bytes done.
+#[repr(C)]
+struct FillArgument {
+    start: u64,
+    len: u64,
+    mode: u64,
+    done: i64,
+}
+
+const _: () = assert!(size_of::<ApiArgument>() == 24 && size_of::<CopyArgument>() == 40 && size_of::<FillArgument>() == 32);
+
+nix::ioctl_readwrite!(uffdio_api, 0xAA, 0x3F, ApiArgument);
+nix::ioctl_readwrite!(uffdio_copy, 0xAA, 0x03, CopyArgument);
+nix::ioctl_readwrite!(uffdio_zeropage, 0xAA, 0x04, FillArgument);
+nix::ioctl_readwrite!(uffdio_poison, 0xAA, 0x08, FillArgument);
+
+impl Userfault {
+    /// Opens a descriptor with `wanted` features, all of which the kernel must have.
+    ///
+    /// `UFFDIO_API` enables features once a descriptor, so probing uses another one, see [`Userfault::supported`].
+    pub(crate) fn open(wanted: Features) -> Result<Result<Userfault, Errno>, OpenError> {
+        let (fd, access) = open_descriptor()?;
+        Ok(enable(&fd, wanted).map(|_| {
+            // SAFETY: the descriptor is a userfaultfd owned by nobody else: `into_raw_fd` gives it up.
+            let uffd = unsafe { Uffd::from_raw_fd(std::os::fd::IntoRawFd::into_raw_fd(fd)) };
+            Userfault { uffd, access, features: wanted }
+        }))
+    }
+
+    /// All features this kernel has for this user, and how a descriptor is obtained.
+    pub(crate) fn supported() -> Result<(Access, Features), OpenError> {
+        let (fd, access) = open_descriptor()?;
+        Ok((access, enable(&fd, Features::default()).unwrap_or_default()))
+    }
+
+    pub(crate) fn access(&self) -> Access {
+        self.access
+    }
+
+    pub(crate) fn features(&self) -> Features {
+        self.features
+    }
+
+    /// Asks for faults on missing pages of a mapping's range.
+    pub(crate) fn register(&self, start: usize, len: usize) -> io::Result<()> {
+        self.uffd.register(start as *mut _, len).map(|_| ()).map_err(crate_error)
+    }
+
+    /// Ends that; waiters wake and missing pages read as zeros from then on: call it only when none is missing (S1).
+    pub(crate) fn unregister(&self, start: usize, len: usize) -> io::Result<()> {
+        self.uffd.unregister(start as *mut _, len).map_err(crate_error)
+    }
+
+    /// Reads everything the kernel has to say now, appending to `messages`. The kernel hands out faults before other events, so
+    /// a reader that stops early would see a fault without the removal that caused it.
+    pub(crate) fn read_all(&self, buffer: &mut EventBuffer, messages: &mut Vec<Message>) -> io::Result<()> {
+        loop {
+            let before = messages.len();
+            match self.uffd.read_events(buffer) {
+                Ok(events) => {
+                    for event in events {
+                        match event {
+                            Ok(event) => messages.extend(self.translate(event)),
+                            Err(error) => tracing::warn!(%error, "unknown userfaultfd event skipped"),
+                        }
+                    }
+                }
+                Err(userfaultfd::Error::SystemError(errno)) if errno as i32 == libc::EINTR => continue,
+                Err(error) => return Err(crate_error(error)),
+            }
+            if messages.len() - before < EVENTS_A_READ {
+                return Ok(());
+            }
+        }
+    }
+
+    fn translate(&self, event: Event) -> Option<Message> {
+        Some(match event {
+            Event::Pagefault { kind: FaultKind::Missing, addr, .. } => Message::Fault { address: addr as usize },
+            Event::Pagefault { kind, addr, .. } => {
+                tracing::warn!(?kind, ?addr, "fault of a kind that was not asked for");
+                return None;
+            }
+            Event::Fork { uffd } => Message::Fork { child: Userfault { uffd, access: self.access, features: self.features } },
+            Event::Remap { from, to, len } => Message::Remap { from: from as usize, to: to as usize, len },
+            Event::Remove { start, end } => Message::Remove { start: start as usize, len: end as usize - start as usize },
+            Event::Unmap { start, end } => Message::Unmap { start: start as usize, len: end as usize - start as usize },
+        })
+    }
+
+    /// Fills missing pages from `start` with `bytes` (whole pages) and wakes their waiters (UFFDIO_COPY(2const)). Returns how many bytes
+    /// are in place, and why it stopped if that is not all.
+    pub(crate) fn copy(&self, start: usize, bytes: &[u8]) -> (usize, Option<Stop>) {
+        advance(bytes.len(), |done| {
+            let mut argument = CopyArgument {
+                dst: (start + done) as u64,
+                src: bytes.as_ptr() as u64 + done as u64,
+                len: (bytes.len() - done) as u64,
+                mode: 0,
+                copy: COPY_OR_ZERO_DONE_AT_START,
+            };
+            // SAFETY: the kernel reads `bytes` inside its bounds and writes only missing pages of ranges registered here (U1).
+            let result = unsafe { uffdio_copy(self.raw(), &raw mut argument) };
+            (result, argument.copy)
+        })
+    }
+
+    /// Fills missing pages with zeros, as [`Userfault::copy`] does, without a buffer (UFFDIO_ZEROPAGE(2const)).
+    pub(crate) fn zero(&self, start: usize, len: usize) -> (usize, Option<Stop>) {
+        self.fill(start, len, uffdio_zeropage)
+    }
+
+    /// Makes missing pages raise SIGBUS when touched, also after the descriptor is closed (UFFDIO_POISON(2const), Linux 6.6).
+    pub(crate) fn poison(&self, start: usize, len: usize) -> (usize, Option<Stop>) {
+        self.fill(start, len, uffdio_poison)
+    }
+
+    fn fill(
+        &self,
+        start: usize,
+        len: usize,
+        call: unsafe fn(RawFd, *mut FillArgument) -> nix::Result<i32>,
+    ) -> (usize, Option<Stop>) {
+        advance(len, |done| {
+            let mut argument =
+                FillArgument { start: (start + done) as u64, len: (len - done) as u64, mode: 0, done: COPY_OR_ZERO_DONE_AT_START };
+            // SAFETY: the kernel changes only missing pages of ranges registered here (U1).
+            let result = unsafe { call(self.raw(), &raw mut argument) };
+            (result, argument.done)
+        })
+    }
+
+    /// Wakes every thread that waits in the range; each touches its page again (UFFDIO_WAKE(2const)). Works on any range, also
+    /// one that is not registered any more.
+    pub(crate) fn wake(&self, start: usize, len: usize) {
+        if let Err(error) = self.uffd.wake(start as *mut _, len) {
+            tracing::warn!(%error, start, len, "UFFDIO_WAKE failed");
+        }
+    }
+
+    fn raw(&self) -> RawFd {
+        self.uffd.as_raw_fd()
+    }
+}
+
+impl AsRawFd for Userfault {
+    fn as_raw_fd(&self) -> RawFd {
+        self.raw()
+    }
+}
+
+impl AsFd for Userfault {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.uffd.as_fd()
+    }
+}
+
+/// Messages asked for in one read(2): 64 threads faulting at once fit, at 2 KiB of buffer.
+pub(crate) const EVENTS_A_READ: usize = 64;
+
+/// Repeats a fill until it is done or gives a reason. A short fill (EAGAIN with bytes done) is repeated: the next call tells why.
+fn advance(len: usize, mut call: impl FnMut(usize) -> (nix::Result<i32>, i64)) -> (usize, Option<Stop>) {
+    let mut done = 0;
+    loop {
+        let (result, progress) = call(done);
+        let stop = match result {
+            Ok(_) => return (len, None),
+            Err(errno) => match usize::try_from(progress) {
+                // Bytes done. A kernel that leaves the field untouched on EAGAIN (before 6.15) shows the zero we put there.
+                Ok(bytes) if bytes > 0 => {
+                    done += bytes;
+                    if done >= len {
+                        return (len, None);
+                    }
+                    continue;
+                }
+                _ => match errno {
+                    Errno::EEXIST => Stop::AlreadyHere,
+                    // ENOMEM is the memory cgroup's limit being met: reclaim may help.
+                    Errno::EAGAIN | Errno::EINTR | Errno::ENOMEM => Stop::Again,
+                    Errno::ENOENT => Stop::Gone,
+                    Errno::ESRCH | Errno::ENOSPC => Stop::Exited,
+                    other => Stop::Failed(other),
+                },
+            },
+        };
+        return (done, Some(stop));
+    }
+}
+
+/// `/dev/userfaultfd`, then the system call, then the system call for user-mode faults only.
+fn open_descriptor() -> Result<(OwnedFd, Access), OpenError> {
+    const USER_MODE_ONLY: i32 = 1;
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    let device = match OpenOptions::new().read(true).write(true).open("/dev/userfaultfd") {
+        Ok(file) => {
+            // SAFETY: USERFAULTFD_IOC_NEW takes the flags by value and returns a new descriptor that nobody else owns.
+            let made = Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), nix::request_code_none!(0xAA, 0), flags) });
+            match made {
+                // SAFETY: as above, a fresh descriptor.
+                Ok(fd) => return Ok((unsafe { OwnedFd::from_raw_fd(fd) }, Access::Device)),
+                Err(errno) => errno.into(),
+            }
+        }
+        Err(error) => error,
+    };
+    let call = |flags: i32| {
+        // SAFETY: userfaultfd(2) takes flags by value and returns a new descriptor.
+        let fd = Errno::result(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) })?;
+        let fd = i32::try_from(fd).map_err(|_| Errno::EBADF)?;
+        // SAFETY: as above, a fresh descriptor that nobody else owns.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    };
+    let full = match call(flags) {
+        Ok(fd) => return Ok((fd, Access::SystemCall)),
+        Err(errno) => errno,
+    };
+    match call(flags | USER_MODE_ONLY) {
+        Ok(fd) => Ok((fd, Access::UserModeOnly)),
+        Err(user_mode) => Err(OpenError { device, full, user_mode }),
+    }
+}
+
+/// `UFFDIO_API`: enables `wanted`, returns what the kernel has.
+fn enable(fd: &OwnedFd, wanted: Features) -> Result<Features, Errno> {
+    let mut argument = ApiArgument { api: API, features: wanted.0, ioctls: 0 };
+    // SAFETY: the argument has the kernel's layout and lives for the call.
+    unsafe { uffdio_api(fd.as_raw_fd(), &raw mut argument) }?;
+    Ok(Features(argument.features))
+}
+
+/// The crate's errors carry an errno of an older `nix`; only the number crosses.
+fn crate_error(error: userfaultfd::Error) -> io::Error {
+    match error {
+        userfaultfd::Error::SystemError(errno)
+        | userfaultfd::Error::CopyFailed(errno)
+        | userfaultfd::Error::ZeropageFailed(errno) => io::Error::from_raw_os_error(errno as i32),
+        other => io::Error::other(other.to_string()),
+    }
+}
