@@ -3,11 +3,13 @@
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 
 mod error;
+mod net;
 mod page;
 mod page_store;
 mod stats;
 
 pub use error::{NetError, RegionError, StoreError};
+pub use net::{Identity, IdentityError, PeerId, PeerIdError, Trust};
 pub use page::{Extent, PageSize};
 pub use page_store::{Content, PULL_EXTENT_BYTES, PageStore, Pull, ReadAfterRead, Run};
 pub use stats::{HOPS, Hop, Hops, Latency, Stats};
