@@ -3,6 +3,7 @@
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 
 mod error;
+mod net;
 mod options;
 mod page;
 mod page_store;
@@ -13,6 +14,7 @@ mod stats;
 mod sys;
 
 pub use error::{NetError, RegionError, StoreError};
+pub use net::{Identity, IdentityError, PeerId, PeerIdError, Trust};
 pub use options::{FaultAround, Loss, LossPolicy, OnLoss, PagerOptions, RegionEvent, Verdict};
 pub use page::{Extent, PageSize};
 pub use page_store::{Content, PULL_EXTENT_BYTES, PageStore, Pull, ReadAfterRead, Run};
