@@ -164,8 +164,6 @@ impl Engine {
         options: PagerOptions,
         stop: oneshot::Receiver<()>,
     ) -> io::Result<Arc<Engine>> {
-        use std::os::fd::AsFd;
-        let readable = uffd.as_fd().try_clone_to_owned()?;
         let engine = Arc::new_cyclic(|me| Engine {
             uffd,
             service: service.clone(),
@@ -184,7 +182,7 @@ impl Engine {
         });
         let readable = {
             let _context = service.handle().enter();
-            AsyncFd::with_interest(readable, tokio::io::Interest::READABLE)?
+            engine.uffd.readable()?
         };
         service.spawn(read_messages(engine.me.clone(), readable, stop));
         service.spawn(settle(engine.me.clone(), engine.settle.clone()));

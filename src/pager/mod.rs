@@ -14,7 +14,7 @@ mod residency;
 mod retry;
 
 use crate::{
-    PageSize, PagerOptions, RegionError, Service,
+    PagerOptions, RegionError, Service,
     sys::{Features, OpenError, Userfault},
 };
 use std::sync::{Arc, OnceLock};
@@ -90,10 +90,6 @@ impl Pager {
 
     pub(crate) fn engine(&self) -> &Arc<Engine> {
         &self.inner.engine
-    }
-
-    pub(crate) fn page_size(&self) -> PageSize {
-        self.inner.engine.page
     }
 
     pub(crate) fn options(&self) -> &PagerOptions {

@@ -181,9 +181,10 @@ impl Mapping {
         let bytes = self.bytes(offset, len)?;
         let head_len = bytes.as_ptr().align_offset(8).min(len);
         let words = (len - head_len) / 8;
-        let aligned = offset + head_len as u64;
-        let tail = aligned + words as u64 * 8;
-        Ok((&bytes[..head_len], self.words64(aligned, words)?, self.bytes(tail, len - head_len - words * 8)?))
+        let tail_at = head_len + words * 8;
+        // A range that ends before the next word has no aligned part, and its head may end anywhere.
+        let aligned = if words == 0 { &[][..] } else { self.words64(offset + head_len as u64, words)? };
+        Ok((&bytes[..head_len], aligned, &bytes[tail_at..]))
     }
 
     /// Lets the kernel copy bytes out (process_vm_readv(2)): for threads that serve peers, which must get an error and not a

@@ -11,8 +11,9 @@ use nix::errno::Errno;
 use std::{
     fs::OpenOptions,
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
 };
+use tokio::io::{Interest, unix::AsyncFd};
 use userfaultfd::{Event, EventBuffer, FaultKind, Uffd};
 
 /// How the descriptor was obtained.
@@ -177,11 +178,6 @@ impl Userfault {
         self.uffd.register(start as *mut _, len).map(|_| ()).map_err(crate_error)
     }
 
-    /// Ends that; waiters wake and missing pages read as zeros from then on: call it only when none is missing (S1).
-    pub(crate) fn unregister(&self, start: usize, len: usize) -> io::Result<()> {
-        self.uffd.unregister(start as *mut _, len).map_err(crate_error)
-    }
-
     /// Reads everything the kernel has to say now, appending to `messages`. The kernel hands out faults before other events, so
     /// a reader that stops early would see a fault without the removal that caused it.
     pub(crate) fn read_all(&self, buffer: &mut EventBuffer, messages: &mut Vec<Message>) -> io::Result<()> {
@@ -269,20 +265,15 @@ impl Userfault {
         }
     }
 
+    /// A duplicate that tells when there are messages. Called inside the runtime that shall tell it.
+    pub(crate) fn readable(&self) -> io::Result<AsyncFd<OwnedFd>> {
+        let duplicate = self.uffd.as_fd().try_clone_to_owned()?;
+        // SAFETY: an `OwnedFd` gives the same descriptor each time and keeps it open until dropped.
+        unsafe { AsyncFd::register_with_interest(duplicate, Interest::READABLE) }.map_err(|error| error.into_parts().1)
+    }
+
     fn raw(&self) -> RawFd {
         self.uffd.as_raw_fd()
-    }
-}
-
-impl AsRawFd for Userfault {
-    fn as_raw_fd(&self) -> RawFd {
-        self.raw()
-    }
-}
-
-impl AsFd for Userfault {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.uffd.as_fd()
     }
 }
 
