@@ -6,8 +6,12 @@ mod error;
 mod page;
 mod page_store;
 mod stats;
+mod store;
 
 pub use error::{NetError, RegionError, StoreError};
 pub use page::{Extent, PageSize};
 pub use page_store::{Content, PULL_EXTENT_BYTES, PageStore, Pull, ReadAfterRead, Run};
 pub use stats::{HOPS, Hop, Hops, Latency, Stats};
+pub use store::{FileStore, MemoryStore};
+#[doc(hidden)]
+pub use store::{conformance, testing};
