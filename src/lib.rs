@@ -12,6 +12,7 @@ mod region;
 mod service;
 mod stats;
 mod sys;
+mod store;
 
 pub use error::{NetError, RegionError, StoreError};
 pub use net::{Identity, IdentityError, PeerId, PeerIdError, Trust};
@@ -22,3 +23,6 @@ pub use pager::Pager;
 pub use region::{Capabilities, Region, RegionBuilder, RegionStore, ResidencySnapshot};
 pub use service::{DEFAULT_POLL_BUDGET, Service};
 pub use stats::{HOPS, Hop, Hops, Latency, Stats};
+pub use store::{FileStore, MemoryStore};
+#[doc(hidden)]
+pub use store::{conformance, testing};
