@@ -3,6 +3,9 @@
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
+mod net;
 mod page;
 mod page_store;
 mod stats;
