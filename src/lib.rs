@@ -5,6 +5,9 @@
 mod error;
 mod net;
 mod options;
+#[doc(hidden)]
+pub mod fuzzing;
+mod net;
 mod page;
 mod page_store;
 mod pager;

@@ -1,0 +1,252 @@
+//! How QUIC is set up: windows, packet sizes, acknowledgements, time-outs, sockets.
+//!
+//! Role: hop *wire*. Neighbours: `peer` and `server` open their endpoints here. Invariants: a batch of segments handed to the kernel stays under 64 KiB (a larger one is
+//! dropped without an error); option values that would hang a connection are refused.
+
+use crate::NetError;
+use quinn::{
+    AsyncUdpSocket, EndpointConfig, MtuDiscoveryConfig, Runtime, TokioRuntime, TransportConfig, UdpPoller, VarInt,
+    udp::{RecvMeta, Transmit},
+};
+use socket2::{Domain, Protocol, Socket, Type};
+use std::{
+    fmt, io,
+    net::{SocketAddr, UdpSocket},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+/// Options of a connection. Both ends may choose their own; where they meet, the smaller counts.
+///
+/// ```
+/// use pageferry::TransportOptions;
+/// let mut options = TransportOptions::default();
+/// options.mtu_max_bytes = 1452; // a path known to be plain Ethernet: no probing for more
+/// assert!(options.check().is_ok());
+/// ```
+#[derive(Clone, Debug)]
+pub struct TransportOptions {
+    /// Bulk bytes that may be on the way to this end on one stream: bandwidth times round trip. Default 128 MiB: 10 Gbit/s at 100 ms are 125 MB. Memory is
+    /// used only as the path fills it.
+    pub stream_window_bytes: u32,
+    /// Bytes on all streams that this end keeps until acknowledged. Default 160 MiB: room for requests while a bulk stream has its window full.
+    pub send_window_bytes: u64,
+    /// The largest datagram that discovery may climb to, in bytes of UDP payload; 1200 to 9000. Default 8900: a jumbo frame of 9000 bytes
+    /// less headers and tunnels. Where the path carries less, discovery finds less.
+    pub mtu_max_bytes: u16,
+    /// Packets received before one must be acknowledged at once (draft-ietf-quic-ack-frequency). Default 16: an acknowledgement of its own costs a datagram and
+    /// a wake-up; most ride on the next request or reply instead.
+    pub ack_every_packets: u32,
+    /// The longest delay of an acknowledgement. Default 5 ms: well under the retransmission time-out of a LAN path.
+    pub ack_delay_max: Duration,
+    /// A connection on which nothing arrives for this long is lost. Default 10 s: a third of the 30 s of the default loss policy, so that there is time to
+    /// reconnect. At least 100 ms.
+    pub idle_timeout: Duration,
+    /// How often an idle connection is kept alive, and a dead path noticed. Default 2 s. Must be below `idle_timeout`.
+    pub keep_alive: Duration,
+    /// The round trip assumed before the first measurement. Default 100 ms (RFC 9002 says 333 ms for paths nobody knows): it only sets how soon a lost
+    /// first packet is sent again.
+    pub initial_rtt: Duration,
+    /// How long a connection attempt may take. Default 5 s.
+    pub connect_timeout: Duration,
+    /// Socket buffers asked for; `net.core.rmem_max` and `wmem_max` may grant less. Default 4 MiB: 3 ms of 10 Gbit/s while the thread does something else.
+    pub socket_buffer_bytes: usize,
+    /// Whether bulk pages are compressed where that saves at least an eighth. Default true.
+    pub compress: bool,
+}
+
+impl Default for TransportOptions {
+    fn default() -> TransportOptions {
+        TransportOptions {
+            stream_window_bytes: 128 << 20,
+            send_window_bytes: 160 << 20,
+            mtu_max_bytes: 8900,
+            ack_every_packets: 16,
+            ack_delay_max: Duration::from_millis(5),
+            idle_timeout: Duration::from_secs(10),
+            keep_alive: Duration::from_secs(2),
+            initial_rtt: Duration::from_millis(100),
+            connect_timeout: Duration::from_secs(5),
+            socket_buffer_bytes: 4 << 20,
+            compress: true,
+        }
+    }
+}
+
+const MTU_MIN_BYTES: u16 = 1200;
+const MTU_LIMIT_BYTES: u16 = 9000;
+
+/// One call may carry several datagrams of equal size (UDP_SEGMENT, udp(7)), but together less than a UDP packet's 65507 bytes: the kernel answers more
+/// with EMSGSIZE, which quinn-udp takes for a lost packet.
+const BATCH_MAX_BYTES: usize = 65_000;
+
+impl TransportOptions {
+    /// Whether every value lies in its range.
+    ///
+    /// # Errors
+    /// [`NetError::InvalidOption`] names the option, the value and what is allowed.
+    pub fn check(&self) -> Result<(), NetError> {
+        let invalid = |option, value: &dyn fmt::Debug, allowed: &str| {
+            Err(NetError::InvalidOption { option, value: format!("{value:?}"), allowed: allowed.to_owned() })
+        };
+        if !(MTU_MIN_BYTES..=MTU_LIMIT_BYTES).contains(&self.mtu_max_bytes) {
+            return invalid("mtu_max_bytes", &self.mtu_max_bytes, "1200 to 9000");
+        }
+        if self.stream_window_bytes < 1 << 20 {
+            return invalid("stream_window_bytes", &self.stream_window_bytes, "at least 1 MiB, the largest frame");
+        }
+        if self.send_window_bytes < u64::from(self.stream_window_bytes) {
+            return invalid("send_window_bytes", &self.send_window_bytes, "at least stream_window_bytes, or requests wait behind bulk");
+        }
+        if self.idle_timeout < Duration::from_millis(100) || self.idle_timeout > Duration::from_secs(3600) {
+            return invalid("idle_timeout", &self.idle_timeout, "100 ms to 1 h");
+        }
+        if self.keep_alive.is_zero() || self.keep_alive >= self.idle_timeout {
+            return invalid("keep_alive", &self.keep_alive, "above 0 and below idle_timeout");
+        }
+        if self.ack_every_packets == 0 || self.ack_every_packets > 1000 {
+            return invalid("ack_every_packets", &self.ack_every_packets, "1 to 1000");
+        }
+        if self.connect_timeout.is_zero() {
+            return invalid("connect_timeout", &self.connect_timeout, "above 0");
+        }
+        Ok(())
+    }
+
+    /// The same for quinn.
+    pub(super) fn quinn(&self) -> Result<TransportConfig, NetError> {
+        self.check()?;
+        let mut mtu = MtuDiscoveryConfig::default();
+        mtu.upper_bound(self.mtu_max_bytes);
+        let mut ack = quinn::AckFrequencyConfig::default();
+        ack.ack_eliciting_threshold(VarInt::from_u32(self.ack_every_packets));
+        ack.max_ack_delay(Some(self.ack_delay_max));
+        let mut config = TransportConfig::default();
+        config
+            .stream_receive_window(VarInt::from_u32(self.stream_window_bytes))
+            .receive_window(VarInt::from_u32(self.stream_window_bytes.saturating_mul(2).min(1 << 30)))
+            .send_window(self.send_window_bytes)
+            // Streams of one priority are served in turn only among themselves; within it, first come first served halves the wait of a reply.
+            .send_fairness(false)
+            .mtu_discovery_config(Some(mtu))
+            .ack_frequency_config(Some(ack))
+            .keep_alive_interval(Some(self.keep_alive))
+            .max_idle_timeout(self.idle_timeout.try_into().ok())
+            .initial_rtt(self.initial_rtt)
+            .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_MAX))
+            .max_concurrent_uni_streams(VarInt::from_u32(0))
+            .datagram_receive_buffer_size(None);
+        Ok(config)
+    }
+
+    /// Opens a socket and an endpoint on the runtime of the caller.
+    pub(super) fn endpoint(&self, address: SocketAddr, server: Option<quinn::ServerConfig>) -> Result<quinn::Endpoint, NetError> {
+        let failed = |call, source: io::Error| NetError::Socket { call, address, source: Arc::new(source) };
+        let socket = self.bind(address).map_err(|error| failed("opening a UDP socket", error))?;
+        let mut config = EndpointConfig::default();
+        // Caps what the peer's discovery may climb to, and sizes the receive buffers.
+        config.max_udp_payload_size(self.mtu_max_bytes).map_err(|error| NetError::InvalidOption {
+            option: "mtu_max_bytes",
+            value: self.mtu_max_bytes.to_string(),
+            allowed: error.to_string(),
+        })?;
+        let runtime = Arc::new(TokioRuntime);
+        let inner = runtime.wrap_udp_socket(socket).map_err(|error| failed("registering a UDP socket", error))?;
+        let segments_max = BATCH_MAX_BYTES / usize::from(self.mtu_max_bytes);
+        let socket = Arc::new(BoundedBatches { inner, segments_max });
+        quinn::Endpoint::new_with_abstract_socket(config, server, socket, runtime).map_err(|error| failed("opening a QUIC endpoint", error))
+    }
+
+    fn bind(&self, address: SocketAddr) -> io::Result<UdpSocket> {
+        let socket = Socket::new(Domain::for_address(address), Type::DGRAM.nonblocking().cloexec(), Some(Protocol::UDP))?;
+        // Smaller buffers cost speed, not correctness.
+        let sized = socket.set_recv_buffer_size(self.socket_buffer_bytes).and(socket.set_send_buffer_size(self.socket_buffer_bytes));
+        if let Err(error) = sized {
+            tracing::debug!(%error, "socket buffers stay as they are");
+        }
+        socket.bind(&address.into())?;
+        Ok(socket.into())
+    }
+}
+
+/// Streams a client may have open at once: its lanes, pulls, and moves.
+pub(super) const STREAMS_MAX: u32 = 256;
+
+/// A socket that never gets more datagrams in one call than the kernel takes.
+#[derive(Debug)]
+struct BoundedBatches {
+    inner: Arc<dyn AsyncUdpSocket>,
+    segments_max: usize,
+}
+
+impl AsyncUdpSocket for BoundedBatches {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        self.inner.clone().create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.inner.try_send(transmit)
+    }
+
+    fn poll_recv(&self, cx: &mut Context<'_>, bufs: &mut [io::IoSliceMut<'_>], meta: &mut [RecvMeta]) -> Poll<io::Result<usize>> {
+        self.inner.poll_recv(cx, bufs, meta)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.inner.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.inner.max_transmit_segments().min(self.segments_max)
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.inner.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.inner.may_fragment()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_fill_a_path_of_100_ms_and_10_gbit_s() {
+        let options = TransportOptions::default();
+        let path_bytes = 10_000_000_000 / 8 / 10;
+        assert!(u64::from(options.stream_window_bytes) >= path_bytes);
+        assert!(options.send_window_bytes > u64::from(options.stream_window_bytes));
+        assert!(options.quinn().is_ok());
+    }
+
+    #[test]
+    fn a_batch_stays_below_the_largest_udp_packet() {
+        for mtu_max_bytes in [MTU_MIN_BYTES, 1452, 6550, 6560, 8900, MTU_LIMIT_BYTES] {
+            assert!(BATCH_MAX_BYTES / usize::from(mtu_max_bytes) * usize::from(mtu_max_bytes) <= 65_507);
+        }
+    }
+
+    #[test]
+    fn values_that_would_hang_are_refused_with_the_range() {
+        type Change = fn(&mut TransportOptions);
+        let changes: [(&str, Change); 6] = [
+            ("mtu_max_bytes", |o| o.mtu_max_bytes = 12_000),
+            ("stream_window_bytes", |o| o.stream_window_bytes = 1000),
+            ("send_window_bytes", |o| o.send_window_bytes = 1000),
+            ("idle_timeout", |o| o.idle_timeout = Duration::ZERO),
+            ("keep_alive", |o| o.keep_alive = Duration::from_secs(60)),
+            ("ack_every_packets", |o| o.ack_every_packets = 0),
+        ];
+        for (name, change) in changes {
+            let mut options = TransportOptions::default();
+            change(&mut options);
+            let error = options.check().unwrap_err();
+            assert!(matches!(error, NetError::InvalidOption { option, .. } if option == name), "{error}");
+        }
+    }
+}

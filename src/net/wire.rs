@@ -1,0 +1,440 @@
+//! Decisions: bytes to frames and back, docs/protocol.md; no I/O.
+//!
+//! Role: the only place that knows the layout of a frame. Neighbours: `net`'s streams read a [`Header`], then as many bytes as it
+//! says, then [`Frame::decode`] them; the fields and limits are in [`fields`], the pages of DATA and WRITE in [`run`].
+//! Invariants: a header is checked against the limits of its kind before anything is allocated (S7); decoding takes every byte of a
+//! payload or fails; encoding cannot fail; what decodes encodes to the same bytes.
+
+mod fields;
+mod run;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use fields::*;
+pub(crate) use run::{DATA_FIELDS_BYTES, DataHead, EncodedRun, encode_data_head};
+
+use crate::PageSize;
+use bytes::{BufMut, Bytes, BytesMut};
+use fields::{Payload, count_of, extent, in_range, run_extent};
+use std::ops::RangeInclusive;
+
+macro_rules! kinds {
+    ($($number:literal $name:literal $kind:ident $min:expr, $max:expr;)*) => {
+        /// What a frame is: the first byte of its header.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u8)]
+        pub(crate) enum Kind { $($kind = $number,)* }
+
+        impl Kind {
+            #[cfg(test)]
+            pub(crate) const ALL: &[Kind] = &[$(Kind::$kind,)*];
+
+            fn of_byte(byte: u8) -> Option<Kind> {
+                match byte { $($number => Some(Kind::$kind),)* _ => None }
+            }
+
+            /// The name in docs/protocol.md.
+            pub(crate) const fn name(self) -> &'static str {
+                match self { $(Kind::$kind => $name,)* }
+            }
+
+            /// How long the payload may be, in bytes.
+            pub(crate) const fn lengths(self) -> RangeInclusive<u32> {
+                match self { $(Kind::$kind => $min..=$max,)* }
+            }
+        }
+    };
+}
+
+kinds! {
+    // kind and name     shortest and longest payload in bytes
+    0x01 "HELLO"     Hello     3, 3 + MAX_NAME_BYTES;
+    0x02 "WELCOME"   Welcome   3, 3 + MAX_NAME_BYTES;
+    0x03 "OPEN"      Open      2, 1 + MAX_NAME_BYTES;
+    0x04 "OPENED"    Opened    16, 16;
+    0x05 "FAILED"    Failed    4, 4 + MAX_MESSAGE_BYTES;
+    0x06 "LANE"      Lane      1, 1;
+    0x10 "READ"      Read      16, 16;
+    0x11 "DATA"      Data      16, 16 + MAX_RUN_BYTES;
+    0x12 "WRITE"     Write     16, 16 + MAX_RUN_BYTES;
+    0x13 "FLUSH"     Flush     4, 4;
+    0x14 "DONE"      Done      0, 0;
+    0x20 "PULL"      Pull      16, 16 + MAX_PULL_EXTENTS * PULL_ITEM_BYTES;
+    0x21 "CREDIT"    Credit    8, 8;
+    0x22 "END"       End       0, 0;
+    0x30 "TAKE"      Take      16, 16;
+    0x31 "OFFER"     Offer     34, 34 + MAX_OFFER_REGIONS * (OFFER_ITEM_MIN_BYTES - 1 + MAX_NAME_BYTES);
+    0x32 "STATE"     State     1, MAX_STATE_PIECE_BYTES;
+    0x33 "READY"     Ready     24, 24;
+    0x34 "COMMIT"    Commit    24, 24;
+    0x35 "RESUMED"   Resumed   24, 24;
+    0x36 "COMPLETE"  Complete  24, 24;
+    0x37 "RELEASED"  Released  24, 24;
+    0x38 "ABORT"     Abort     28, 28 + MAX_MESSAGE_BYTES;
+}
+
+/// An extent of a PULL: `first` and `count`.
+const PULL_ITEM_BYTES: u32 = 16;
+/// A region of an OFFER with a name of one byte.
+const OFFER_ITEM_MIN_BYTES: u32 = 2 + 1 + 8 + 8;
+
+/// The first eight bytes of a frame. Only [`decode`](Header::decode) makes one from bytes, so a header in hand lies within the
+/// limits and its [`length`](Header::length) may be allocated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Header {
+    kind: Kind,
+    flags: u8,
+    length: u32,
+}
+
+impl Header {
+    fn new(kind: Kind, flags: u8, length: u32) -> Header {
+        Header { kind, flags, length }
+    }
+
+    /// Reads and checks a header.
+    ///
+    /// # Errors
+    /// [`WireError::UnknownKind`], [`WireError::Reserved`] if the reserved field or unused flags are set,
+    /// [`WireError::OutOfRange`] if the encoding is unknown or the length is not allowed for the kind and encoding.
+    pub(crate) fn decode(bytes: &[u8; HEADER_BYTES as usize]) -> Result<Header, WireError> {
+        let [kind, flags, reserved_low, reserved_high, l0, l1, l2, l3] = *bytes;
+        let kind = Kind::of_byte(kind).ok_or(WireError::UnknownKind { kind })?;
+        let (frame, reserved) = (kind.name(), u16::from_le_bytes([reserved_low, reserved_high]));
+        if reserved != 0 {
+            return Err(WireError::Reserved { frame, field: "reserved", found: reserved });
+        }
+        let (mut min, mut max) = kind.lengths().into_inner();
+        if let Kind::Data | Kind::Write = kind {
+            let (content_min, content_max) = Encoding::of_byte(frame, flags)?.lengths().into_inner();
+            (min, max) = (min + content_min, min + content_max);
+        } else if flags != 0 {
+            return Err(WireError::Reserved { frame, field: "flags", found: flags.into() });
+        }
+        let length = u32::from_le_bytes([l0, l1, l2, l3]);
+        in_range(frame, "length of payload in bytes", length.into(), min, max)?;
+        Ok(Header::new(kind, flags, length))
+    }
+
+    fn encode(self) -> [u8; HEADER_BYTES as usize] {
+        let [l0, l1, l2, l3] = self.length.to_le_bytes();
+        [self.kind as u8, self.flags, 0, 0, l0, l1, l2, l3]
+    }
+
+    pub(crate) fn kind(self) -> Kind {
+        self.kind
+    }
+
+    /// The [`Encoding`] of DATA and WRITE, else 0.
+    pub(crate) fn flags(self) -> u8 {
+        self.flags
+    }
+
+    /// Bytes of payload that follow.
+    pub(crate) fn length(self) -> u32 {
+        self.length
+    }
+}
+
+/// A region of an OFFER.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct OfferedRegion {
+    pub(crate) name: Name,
+    pub(crate) page_size: PageSize,
+    pub(crate) size_bytes: u64,
+    /// Where the destination must map it, 0 for anywhere.
+    pub(crate) address: u64,
+}
+
+/// A frame; docs/protocol.md says who sends which, and when.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Frame {
+    /// The client's first frame on the control stream.
+    Hello {
+        version: u16,
+        agent: Agent,
+    },
+    /// The server's answer: the version in force.
+    Welcome {
+        version: u16,
+        agent: Agent,
+    },
+    Open {
+        name: Name,
+    },
+    Opened {
+        region: u32,
+        access: Access,
+        page_size: PageSize,
+        size_bytes: u64,
+    },
+    Failed {
+        code: ErrorCode,
+        message: Message,
+    },
+    /// The first frame of a request stream.
+    Lane {
+        class: Class,
+    },
+    Read {
+        region: u32,
+        extent: RunExtent,
+    },
+    Data {
+        serve_us: u32,
+        run: EncodedRun,
+    },
+    Write {
+        region: u32,
+        run: EncodedRun,
+    },
+    Flush {
+        region: u32,
+    },
+    Done,
+    Pull {
+        region: u32,
+        credit_bytes: u64,
+        extents: PullExtents,
+    },
+    Credit {
+        total_bytes: u64,
+    },
+    End,
+    Take {
+        session: u128,
+    },
+    Offer {
+        session: u128,
+        epoch: u64,
+        state_bytes: StateLength,
+        regions: OfferedRegions,
+    },
+    State {
+        bytes: StatePiece,
+    },
+    Ready {
+        session: u128,
+        epoch: u64,
+    },
+    Commit {
+        session: u128,
+        epoch: u64,
+    },
+    Resumed {
+        session: u128,
+        epoch: u64,
+    },
+    Complete {
+        session: u128,
+        epoch: u64,
+    },
+    Released {
+        session: u128,
+        epoch: u64,
+    },
+    Abort {
+        session: u128,
+        epoch: u64,
+        code: ErrorCode,
+        message: Message,
+    },
+}
+
+impl Frame {
+    pub(crate) fn kind(&self) -> Kind {
+        match self {
+            Frame::Hello { .. } => Kind::Hello,
+            Frame::Welcome { .. } => Kind::Welcome,
+            Frame::Open { .. } => Kind::Open,
+            Frame::Opened { .. } => Kind::Opened,
+            Frame::Failed { .. } => Kind::Failed,
+            Frame::Lane { .. } => Kind::Lane,
+            Frame::Read { .. } => Kind::Read,
+            Frame::Data { .. } => Kind::Data,
+            Frame::Write { .. } => Kind::Write,
+            Frame::Flush { .. } => Kind::Flush,
+            Frame::Done => Kind::Done,
+            Frame::Pull { .. } => Kind::Pull,
+            Frame::Credit { .. } => Kind::Credit,
+            Frame::End => Kind::End,
+            Frame::Take { .. } => Kind::Take,
+            Frame::Offer { .. } => Kind::Offer,
+            Frame::State { .. } => Kind::State,
+            Frame::Ready { .. } => Kind::Ready,
+            Frame::Commit { .. } => Kind::Commit,
+            Frame::Resumed { .. } => Kind::Resumed,
+            Frame::Complete { .. } => Kind::Complete,
+            Frame::Released { .. } => Kind::Released,
+            Frame::Abort { .. } => Kind::Abort,
+        }
+    }
+
+    /// Reads the payload that belongs to `header`. Content and state stay in `payload`'s buffer.
+    ///
+    /// # Errors
+    /// [`WireError`] if a field is outside its limits, or the payload is shorter or longer than its fields.
+    pub(crate) fn decode(header: Header, payload: Bytes) -> Result<Frame, WireError> {
+        let frame = header.kind.name();
+        let mut p = Payload { frame, rest: payload };
+        p.expect_len(header.length as usize)?;
+        let decoded = match header.kind {
+            Kind::Hello => Frame::Hello { version: p.u16("version")?, agent: p.str8("agent")? },
+            Kind::Welcome => Frame::Welcome { version: p.u16("version")?, agent: p.str8("agent")? },
+            Kind::Open => Frame::Open { name: p.str8("name")? },
+            Kind::Opened => {
+                let (region, access) = (p.u32("region")?, Access::of_byte(frame, p.u8("access")?)?);
+                let page_size = p.page_size()?;
+                p.reserved()?;
+                Frame::Opened { region, access, page_size, size_bytes: p.u64("size_bytes")? }
+            }
+            Kind::Failed => Frame::Failed { code: p.u16("code")?.into(), message: p.str16("message")? },
+            Kind::Lane => Frame::Lane { class: Class::of_byte(frame, p.u8("class")?)? },
+            Kind::Read => {
+                let (region, count, first) = (p.u32("region")?, p.u32("count")?, p.u64("first")?);
+                Frame::Read { region, extent: run_extent(frame, first, count)? }
+            }
+            Kind::Data => {
+                let head = DataHead::decode(header, &p.array("count, serve_us and first")?)?;
+                Frame::Data { serve_us: head.serve_us(), run: head.with_content(p.bytes())? }
+            }
+            Kind::Write => {
+                let (region, count, first) = (p.u32("region")?, p.u32("count")?, p.u64("first")?);
+                let encoding = Encoding::of_byte(frame, header.flags)?;
+                let extent = run_extent(frame, first, count)?;
+                Frame::Write { region, run: EncodedRun::of_field(frame, extent, encoding, p.bytes())? }
+            }
+            Kind::Flush => Frame::Flush { region: p.u32("region")? },
+            Kind::Done => Frame::Done,
+            Kind::Pull => {
+                let (region, count, credit_bytes) = (p.u32("region")?, p.u32("extents")?, p.u64("credit_bytes")?);
+                let extents = p.list("extents", count as usize, PULL_ITEM_BYTES as usize, |p| {
+                    extent(frame, p.u64("first")?, p.u64("count")?)
+                })?;
+                Frame::Pull { region, credit_bytes, extents: PullExtents::of_field(frame, "extents", extents)? }
+            }
+            Kind::Credit => Frame::Credit { total_bytes: p.u64("total_bytes")? },
+            Kind::End => Frame::End,
+            Kind::Take => Frame::Take { session: p.u128("session")? },
+            Kind::Offer => {
+                let (session, epoch) = (p.u128("session")?, p.u64("epoch")?);
+                let state_bytes = StateLength::of_field(frame, "state_bytes", p.u64("state_bytes")?)?;
+                let count = p.u16("regions")?;
+                let regions = p.list("regions", count.into(), OFFER_ITEM_MIN_BYTES as usize, |p| {
+                    let (name, page_size) = (p.str8("name")?, p.page_size()?);
+                    Ok(OfferedRegion { name, page_size, size_bytes: p.u64("size_bytes")?, address: p.u64("address")? })
+                })?;
+                let regions = OfferedRegions::of_field(frame, "regions", regions)?;
+                Frame::Offer { session, epoch, state_bytes, regions }
+            }
+            Kind::State => Frame::State { bytes: StatePiece::of_field(frame, "bytes", p.bytes())? },
+            Kind::Ready => Frame::Ready { session: p.u128("session")?, epoch: p.u64("epoch")? },
+            Kind::Commit => Frame::Commit { session: p.u128("session")?, epoch: p.u64("epoch")? },
+            Kind::Resumed => Frame::Resumed { session: p.u128("session")?, epoch: p.u64("epoch")? },
+            Kind::Complete => Frame::Complete { session: p.u128("session")?, epoch: p.u64("epoch")? },
+            Kind::Released => Frame::Released { session: p.u128("session")?, epoch: p.u64("epoch")? },
+            Kind::Abort => {
+                let (session, epoch) = (p.u128("session")?, p.u64("epoch")?);
+                Frame::Abort { session, epoch, code: p.u16("code")?.into(), message: p.str16("message")? }
+            }
+        };
+        p.expect_len(0)?;
+        Ok(decoded)
+    }
+
+    /// Appends the frame, header and payload. Content is copied: bulk senders use [`encode_data_head`].
+    pub(crate) fn encode(&self, out: &mut BytesMut) {
+        let start = out.len();
+        out.put_bytes(0, HEADER_BYTES as usize);
+        let mut flags = 0;
+        match self {
+            Frame::Hello { version, agent } | Frame::Welcome { version, agent } => {
+                out.put_u16_le(*version);
+                put_str8(out, agent);
+            }
+            Frame::Open { name } => put_str8(out, name),
+            Frame::Opened { region, access, page_size, size_bytes } => {
+                out.put_u32_le(*region);
+                out.put_u8(*access as u8);
+                put_page_size(out, *page_size);
+                out.put_u16_le(0);
+                out.put_u64_le(*size_bytes);
+            }
+            Frame::Failed { code, message } => put_failure(out, *code, message),
+            Frame::Lane { class } => out.put_u8(*class as u8),
+            Frame::Read { region, extent } => {
+                out.put_u32_le(*region);
+                out.put_u32_le(count_of(*extent));
+                out.put_u64_le(extent.first());
+            }
+            Frame::Data { serve_us, run } => {
+                flags = run.encoding() as u8;
+                run.head(*serve_us).put(out);
+                out.put_slice(run.bytes());
+            }
+            Frame::Write { region, run } => {
+                flags = run.encoding() as u8;
+                out.put_u32_le(*region);
+                out.put_u32_le(run.count());
+                out.put_u64_le(run.extent().first());
+                out.put_slice(run.bytes());
+            }
+            Frame::Flush { region } => out.put_u32_le(*region),
+            Frame::Done | Frame::End => {}
+            Frame::Pull { region, credit_bytes, extents } => {
+                out.put_u32_le(*region);
+                out.put_u32_le(extents.len() as u32);
+                out.put_u64_le(*credit_bytes);
+                for extent in extents.iter() {
+                    out.put_u64_le(extent.first());
+                    out.put_u64_le(extent.count());
+                }
+            }
+            Frame::Credit { total_bytes } => out.put_u64_le(*total_bytes),
+            Frame::Take { session } => out.put_u128_le(*session),
+            Frame::Offer { session, epoch, state_bytes, regions } => {
+                put_turn(out, *session, *epoch);
+                out.put_u64_le(**state_bytes);
+                out.put_u16_le(regions.len() as u16);
+                for region in regions.iter() {
+                    put_str8(out, &region.name);
+                    put_page_size(out, region.page_size);
+                    out.put_u64_le(region.size_bytes);
+                    out.put_u64_le(region.address);
+                }
+            }
+            Frame::State { bytes } => out.put_slice(bytes),
+            Frame::Ready { session, epoch }
+            | Frame::Commit { session, epoch }
+            | Frame::Resumed { session, epoch }
+            | Frame::Complete { session, epoch }
+            | Frame::Released { session, epoch } => put_turn(out, *session, *epoch),
+            Frame::Abort { session, epoch, code, message } => {
+                put_turn(out, *session, *epoch);
+                put_failure(out, *code, message);
+            }
+        }
+        let length = out.len() - start - HEADER_BYTES as usize;
+        out[start..start + HEADER_BYTES as usize].copy_from_slice(&Header::new(self.kind(), flags, length as u32).encode());
+    }
+}
+
+fn put_str8<const MIN: u32>(out: &mut BytesMut, text: &Limited<Box<str>, MIN, MAX_NAME_BYTES>) {
+    out.put_u8(text.len() as u8);
+    out.put_slice(text.as_bytes());
+}
+
+fn put_page_size(out: &mut BytesMut, size: PageSize) {
+    out.put_u8(size.bytes().trailing_zeros() as u8);
+}
+
+fn put_failure(out: &mut BytesMut, code: ErrorCode, message: &Message) {
+    out.put_u16_le(code.into());
+    out.put_u16_le(message.len() as u16);
+    out.put_slice(message.as_bytes());
+}
+
+fn put_turn(out: &mut BytesMut, session: u128, epoch: u64) {
+    out.put_u128_le(session);
+    out.put_u64_le(epoch);
+}
