@@ -3,22 +3,24 @@
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 
 mod error;
-mod net;
-mod options;
 #[doc(hidden)]
 pub mod fuzzing;
 mod net;
+mod options;
 mod page;
 mod page_store;
 mod pager;
 mod region;
 mod service;
 mod stats;
-mod sys;
 mod store;
+mod sys;
 
 pub use error::{NetError, RegionError, StoreError};
-pub use net::{Identity, IdentityError, PeerId, PeerIdError, Trust};
+pub use net::{
+    Grant, Identity, IdentityError, Peer, PeerBuilder, PeerId, PeerIdError, RemoteStore, Server, ServerBuilder, TransportOptions,
+    Trust,
+};
 pub use options::{FaultAround, Loss, LossPolicy, OnLoss, PagerOptions, RegionEvent, Verdict};
 pub use page::{Extent, PageSize};
 pub use page_store::{Content, PULL_EXTENT_BYTES, PageStore, Pull, ReadAfterRead, Run};

@@ -104,6 +104,25 @@ pub trait PageStore: Send + Sync + 'static {
     /// As for [`read`](PageStore::read).
     async fn pull(&self, extents: Vec<Extent>) -> Result<Box<dyn Pull>, StoreError>;
 
+    /// Whether an extent lies inside the store.
+    ///
+    /// # Errors
+    /// [`StoreError::OutOfRange`].
+    fn check(&self, extent: Extent) -> Result<(), StoreError> {
+        let whole = self.extent();
+        if whole.covers(extent) { Ok(()) } else { Err(StoreError::OutOfRange { extent, store_pages: whole.count() }) }
+    }
+
+    /// Whether `bytes` may be written to an extent.
+    ///
+    /// # Errors
+    /// [`StoreError::OutOfRange`], [`StoreError::WrongLength`].
+    fn check_write(&self, extent: Extent, bytes: &[u8]) -> Result<(), StoreError> {
+        self.check(extent)?;
+        let (expected_bytes, got_bytes) = (extent.bytes(self.page_size()), bytes.len() as u64);
+        if expected_bytes == got_bytes { Ok(()) } else { Err(StoreError::WrongLength { expected_bytes, got_bytes }) }
+    }
+
     /// All its pages, the last perhaps partial.
     fn extent(&self) -> Extent {
         Extent::between(0, self.page_size().pages_for(self.size()))
@@ -150,7 +169,7 @@ pub const PULL_EXTENT_BYTES: u64 = 256 * 1024;
 /// Dropping it ends the read.
 #[async_trait]
 pub trait Pull: Send {
-    /// The next pages, or `None` when all that was asked for has been given or left out as already sent.
+    /// The next pages, or `None` when all that was asked for has been given or left out as already sent; `None` ever after.
     ///
     /// # Errors
     /// What the store met; the pull is over then.

@@ -6,8 +6,29 @@
 
 pub(crate) mod codec;
 mod identity;
+mod lane;
+mod peer;
+mod pull;
+mod serve;
+mod server;
+mod stream;
 mod tls;
+mod transport;
 pub(crate) mod wire;
 
 pub use identity::{Identity, IdentityError, PeerId, PeerIdError};
+pub use peer::{Peer, PeerBuilder, RemoteStore};
+pub use server::{Grant, Server, ServerBuilder};
 pub use tls::Trust;
+pub use transport::TransportOptions;
+
+use crate::StoreError;
+use wire::ErrorCode;
+
+/// What a FAILED frame means to whoever asked.
+fn refusal(code: ErrorCode, message: &str) -> StoreError {
+    match code {
+        ErrorCode::ReadOnly => StoreError::ReadOnly,
+        code => StoreError::Refused { code: code.into(), message: message.to_owned() },
+    }
+}

@@ -156,7 +156,11 @@ impl FrameReader {
 
     /// Takes bytes that [`have`](FrameReader::have) has waited for.
     fn take(&mut self, len: usize) -> Bytes {
-        if self.staging.is_empty() { if len == 0 { Bytes::new() } else { self.chunk().split_to(len) } } else { self.staging.split_to(len).freeze() }
+        if self.staging.is_empty() {
+            if len == 0 { Bytes::new() } else { self.chunk().split_to(len) }
+        } else {
+            self.staging.split_to(len).freeze()
+        }
     }
 }
 

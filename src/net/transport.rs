@@ -3,9 +3,9 @@
 //! Role: hop *wire*. Neighbours: `peer` and `server` open their endpoints here. Invariants: a batch of segments handed to the kernel stays under 64 KiB (a larger one is
 //! dropped without an error); option values that would hang a connection are refused.
 
-use crate::NetError;
+use crate::{NetError, Service};
 use quinn::{
-    AsyncUdpSocket, EndpointConfig, MtuDiscoveryConfig, Runtime, TokioRuntime, TransportConfig, UdpPoller, VarInt,
+    AsyncTimer, AsyncUdpSocket, EndpointConfig, MtuDiscoveryConfig, Runtime, TokioRuntime, TransportConfig, UdpPoller, VarInt,
     udp::{RecvMeta, Transmit},
 };
 use socket2::{Domain, Protocol, Socket, Type};
@@ -98,7 +98,11 @@ impl TransportOptions {
             return invalid("stream_window_bytes", &self.stream_window_bytes, "at least 1 MiB, the largest frame");
         }
         if self.send_window_bytes < u64::from(self.stream_window_bytes) {
-            return invalid("send_window_bytes", &self.send_window_bytes, "at least stream_window_bytes, or requests wait behind bulk");
+            return invalid(
+                "send_window_bytes",
+                &self.send_window_bytes,
+                "at least stream_window_bytes, or requests wait behind bulk",
+            );
         }
         if self.idle_timeout < Duration::from_millis(100) || self.idle_timeout > Duration::from_secs(3600) {
             return invalid("idle_timeout", &self.idle_timeout, "100 ms to 1 h");
@@ -141,8 +145,13 @@ impl TransportOptions {
         Ok(config)
     }
 
-    /// Opens a socket and an endpoint on the runtime of the caller.
-    pub(super) fn endpoint(&self, address: SocketAddr, server: Option<quinn::ServerConfig>) -> Result<quinn::Endpoint, NetError> {
+    /// Opens a socket and an endpoint on the given runtime.
+    pub(super) fn endpoint(
+        &self,
+        address: SocketAddr,
+        server: Option<quinn::ServerConfig>,
+        runtime: &PrivateRuntime,
+    ) -> Result<quinn::Endpoint, NetError> {
         let failed = |call, source: io::Error| NetError::Socket { call, address, source: Arc::new(source) };
         let socket = self.bind(address).map_err(|error| failed("opening a UDP socket", error))?;
         let mut config = EndpointConfig::default();
@@ -152,22 +161,52 @@ impl TransportOptions {
             value: self.mtu_max_bytes.to_string(),
             allowed: error.to_string(),
         })?;
-        let runtime = Arc::new(TokioRuntime);
+        let runtime = Arc::new(runtime.clone());
         let inner = runtime.wrap_udp_socket(socket).map_err(|error| failed("registering a UDP socket", error))?;
         let segments_max = BATCH_MAX_BYTES / usize::from(self.mtu_max_bytes);
         let socket = Arc::new(BoundedBatches { inner, segments_max });
-        quinn::Endpoint::new_with_abstract_socket(config, server, socket, runtime).map_err(|error| failed("opening a QUIC endpoint", error))
+        quinn::Endpoint::new_with_abstract_socket(config, server, socket, runtime)
+            .map_err(|error| failed("opening a QUIC endpoint", error))
     }
 
     fn bind(&self, address: SocketAddr) -> io::Result<UdpSocket> {
         let socket = Socket::new(Domain::for_address(address), Type::DGRAM.nonblocking().cloexec(), Some(Protocol::UDP))?;
         // Smaller buffers cost speed, not correctness.
-        let sized = socket.set_recv_buffer_size(self.socket_buffer_bytes).and(socket.set_send_buffer_size(self.socket_buffer_bytes));
+        let sized =
+            socket.set_recv_buffer_size(self.socket_buffer_bytes).and(socket.set_send_buffer_size(self.socket_buffer_bytes));
         if let Err(error) = sized {
             tracing::debug!(%error, "socket buffers stay as they are");
         }
         socket.bind(&address.into())?;
         Ok(socket.into())
+    }
+}
+
+/// quinn's work done on a service's runtime, whichever runtime the caller is in (S2).
+#[derive(Clone, Debug)]
+pub(super) struct PrivateRuntime {
+    handle: tokio::runtime::Handle,
+}
+
+impl PrivateRuntime {
+    pub(super) fn of(service: &Service) -> PrivateRuntime {
+        PrivateRuntime { handle: service.handle().clone() }
+    }
+}
+
+impl Runtime for PrivateRuntime {
+    fn new_timer(&self, at: std::time::Instant) -> Pin<Box<dyn AsyncTimer>> {
+        let _context = self.handle.enter();
+        TokioRuntime.new_timer(at)
+    }
+
+    fn spawn(&self, future: Pin<Box<dyn Future<Output = ()> + Send>>) {
+        self.handle.spawn(future);
+    }
+
+    fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+        let _context = self.handle.enter();
+        TokioRuntime.wrap_udp_socket(socket)
     }
 }
 

@@ -34,11 +34,6 @@ impl RegionStore {
     pub fn new(region: &Region) -> RegionStore {
         RegionStore { region: region.clone() }
     }
-
-    fn check(&self, extent: Extent) -> Result<(), StoreError> {
-        let whole = self.region.extent();
-        if whole.covers(extent) { Ok(()) } else { Err(StoreError::OutOfRange { extent, store_pages: whole.count() }) }
-    }
 }
 
 fn store_error(operation: &'static str, extent: Extent, error: RegionError) -> StoreError {
@@ -85,12 +80,8 @@ impl PageStore for RegionStore {
     }
 
     async fn write(&self, extent: Extent, bytes: &[u8]) -> Result<(), StoreError> {
-        self.check(extent)?;
+        self.check_write(extent, bytes)?;
         let page = self.page_size();
-        let expected_bytes = extent.bytes(page);
-        if bytes.len() as u64 != expected_bytes {
-            return Err(StoreError::WrongLength { expected_bytes, got_bytes: bytes.len() as u64 });
-        }
         let offset = page.offset_of(extent.first());
         // The last page may be partial: what lies past the size is not the program's.
         let room = usize::try_from(self.size().saturating_sub(offset)).unwrap_or(usize::MAX).min(bytes.len());

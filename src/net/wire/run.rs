@@ -148,7 +148,7 @@ impl DataHead {
     }
 
     /// The run, given its content.
-    pub(super) fn with_content(self, bytes: Bytes) -> Result<EncodedRun, WireError> {
+    pub(crate) fn with_content(self, bytes: Bytes) -> Result<EncodedRun, WireError> {
         EncodedRun::of_field(Kind::Data.name(), self.extent, self.encoding, bytes)
     }
 

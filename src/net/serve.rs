@@ -1,0 +1,451 @@
+//! Answers the requests of one connection.
+//!
+//! Role: hop *serve*: decode, bounds, read, reply. Neighbours: `server` accepts the streams; stores give the pages. Invariants: S7: lengths are bounded before
+//! memory is taken, extents are checked against the region, a frame that breaks the protocol closes the connection; a page sent because it was
+//! demanded is left out of a bulk read that has yet to reach it.
+
+use super::{
+    codec::{decode_run, encode_run, kinds_of},
+    identity::PeerId,
+    lane::{CONTROL_PRIORITY, priority},
+    peer::{AGENT, VERSION},
+    server::{CLOSE_BAD_FRAME, Granted, Shared, TakeStream},
+    stream::{FrameReader, FrameWriter, StreamError},
+    wire::{Access, Agent, Class, DataHead, EncodedRun, ErrorCode, Frame, MAX_RUN_BYTES, Message, WireError},
+};
+use crate::{Content, Extent, PULL_EXTENT_BYTES, PageStore, Run, StoreError};
+use bytes::Bytes;
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+/// One connection's state at the server.
+pub(super) struct Session {
+    peer: PeerId,
+    connection: quinn::Connection,
+    shared: Arc<Shared>,
+    /// Number minus one -> what was opened under it.
+    regions: Mutex<Vec<Open>>,
+}
+
+#[derive(Clone)]
+struct Open {
+    name: String,
+    granted: Granted,
+    /// Pages sent on demand since a bulk read began; none before one began.
+    sent: Option<Arc<Sent>>,
+}
+
+/// Regions a connection may open.
+const REGIONS_MAX: usize = 4096;
+/// Pages one READ may ask for, in bytes.
+const READ_MAX_BYTES: u64 = 16 << 20;
+/// A bulk read keeps at least this much on the way, and at most twice what the congestion window lets out: more would only sit in this process's
+/// memory, in front of nobody.
+const PULL_AHEAD_MIN_BYTES: u64 = 2 << 20;
+
+/// A bit a page.
+struct Sent(Vec<AtomicU64>);
+
+impl Sent {
+    fn new(pages: u64) -> Sent {
+        Sent((0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    #[allow(clippy::cast_possible_truncation, reason = "pages of a store whose bitmap fits memory")]
+    fn word(&self, page: u64) -> Option<&AtomicU64> {
+        self.0.get((page / 64) as usize)
+    }
+
+    fn add(&self, extent: Extent) {
+        for page in extent.pages() {
+            if let Some(word) = self.word(page) {
+                word.fetch_or(1 << (page % 64), Relaxed);
+            }
+        }
+    }
+
+    fn holds(&self, page: u64) -> bool {
+        self.word(page).is_some_and(|word| word.load(Relaxed) & (1 << (page % 64)) != 0)
+    }
+
+    /// The parts of an extent that were not sent.
+    fn unsent(&self, extent: Extent) -> Vec<Extent> {
+        let mut parts = Vec::new();
+        let mut first = extent.first();
+        for page in extent.pages() {
+            if self.holds(page) {
+                parts.push(Extent::between(first, page));
+                first = page + 1;
+            }
+        }
+        parts.push(Extent::between(first, extent.end()));
+        parts.retain(|part| !part.is_empty());
+        parts
+    }
+}
+
+/// A request that cannot be answered.
+struct Refusal(ErrorCode, String);
+
+impl From<StoreError> for Refusal {
+    fn from(error: StoreError) -> Refusal {
+        let code = match error {
+            StoreError::ReadOnly => ErrorCode::ReadOnly,
+            StoreError::OutOfRange { .. } => ErrorCode::OutOfRange,
+            _ => ErrorCode::StoreFailed,
+        };
+        Refusal(code, error.to_string())
+    }
+}
+
+impl Session {
+    pub(super) fn new(peer: PeerId, connection: quinn::Connection, shared: Arc<Shared>) -> Session {
+        Session { peer, connection, shared, regions: Mutex::default() }
+    }
+
+    /// Serves a stream to its end.
+    pub(super) async fn serve(&self, mut writer: FrameWriter, mut reader: FrameReader) {
+        let first = match reader.next().await {
+            Ok(Some(first)) => first,
+            Ok(None) => return,
+            Err(error) => return self.broken(&error),
+        };
+        let served = match first {
+            Frame::Hello { version, .. } => self.control(version, &mut writer, &mut reader).await,
+            Frame::Lane { class } => self.lane(class, &mut writer, &mut reader).await,
+            Frame::Pull { region, credit_bytes, extents } => {
+                self.pull(region, credit_bytes, extents.to_vec(), &mut writer, reader).await
+            }
+            Frame::Take { session } => match &self.shared.extension {
+                Some(extension) => {
+                    writer.prioritise(CONTROL_PRIORITY);
+                    extension.take(TakeStream { peer: self.peer, session, writer, reader }).await;
+                    return;
+                }
+                None => writer.send(&failed(ErrorCode::NoSession, "this server has no program to hand over")).await,
+            },
+            other => Err(unexpected(&other, "the first frame of a stream")),
+        };
+        if let Err(error) = served {
+            self.broken(&error);
+        }
+        writer.finish();
+        writer.delivered().await;
+    }
+
+    /// A stream that cannot go on. One that only ended needs nothing; a peer that breaks the protocol is not listened to any longer.
+    fn broken(&self, error: &StreamError) {
+        if let StreamError::Wire(error) = error {
+            tracing::warn!(peer = %self.peer, %error, "a peer broke the protocol");
+            self.connection.close(CLOSE_BAD_FRAME.into(), error.to_string().as_bytes());
+        }
+    }
+
+    async fn control(&self, version: u16, writer: &mut FrameWriter, reader: &mut FrameReader) -> Result<(), StreamError> {
+        writer.prioritise(CONTROL_PRIORITY);
+        if version != VERSION {
+            let message = format!("version {version} is not spoken here, {VERSION} is");
+            return writer.send(&failed(ErrorCode::UnknownVersion, &message)).await;
+        }
+        writer.send(&Frame::Welcome { version: VERSION, agent: Agent::cut(AGENT) }).await?;
+        while let Some(frame) = reader.next().await? {
+            let Frame::Open { name } = frame else { return Err(unexpected(&frame, "OPEN")) };
+            let answer = self.open(&name).unwrap_or_else(|Refusal(code, message)| failed(code, &message));
+            writer.send(&answer).await?;
+        }
+        Ok(())
+    }
+
+    fn open(&self, name: &str) -> Result<Frame, Refusal> {
+        // What does not exist and what is not granted look the same: names are not for guessing.
+        let not_granted = || Refusal(ErrorCode::NotGranted, format!("region {name:?} is not granted to {}", self.peer));
+        let granted = self.shared.granted(self.peer, name).ok_or_else(not_granted)?;
+        let mut regions = self.regions();
+        let at = match regions.iter().position(|open| open.name == name) {
+            Some(at) => at,
+            None if regions.len() >= REGIONS_MAX => {
+                return Err(Refusal(ErrorCode::Busy, format!("{REGIONS_MAX} regions are open on this connection")));
+            }
+            None => {
+                regions.push(Open { name: name.to_owned(), granted: granted.clone(), sent: None });
+                regions.len() - 1
+            }
+        };
+        let region = u32::try_from(at + 1).unwrap_or(u32::MAX);
+        let (page_size, size_bytes) = (granted.store.page_size(), granted.store.size());
+        Ok(Frame::Opened { region, access: granted.access, page_size, size_bytes })
+    }
+
+    fn regions(&self) -> std::sync::MutexGuard<'_, Vec<Open>> {
+        self.regions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn region(&self, region: u32) -> Result<Open, Refusal> {
+        let at = (region as usize).checked_sub(1);
+        let open = at.and_then(|at| self.regions().get(at).cloned());
+        open.ok_or_else(|| Refusal(ErrorCode::NotGranted, format!("region {region} is not open on this connection")))
+    }
+
+    async fn lane(&self, class: Class, writer: &mut FrameWriter, reader: &mut FrameReader) -> Result<(), StreamError> {
+        writer.prioritise(priority(class));
+        while let Some(frame) = reader.next().await? {
+            let done = match frame {
+                Frame::Read { region, extent } => self.read(region, *extent, writer).await?,
+                Frame::Write { region, run } => self.write(region, run).await,
+                Frame::Flush { region } => self.flush(region).await,
+                other => return Err(unexpected(&other, "a request")),
+            };
+            match done {
+                Ok(None) => {}
+                Ok(Some(answer)) => writer.send(&answer).await?,
+                Err(Refusal(code, message)) => writer.send(&failed(code, &message)).await?,
+            }
+            if class == Class::Demand {
+                // The next fault of the same thread follows an install and a few instructions.
+                self.shared.service.polling().expect();
+            }
+        }
+        Ok(())
+    }
+
+    async fn read(
+        &self,
+        region: u32,
+        extent: Extent,
+        writer: &mut FrameWriter,
+    ) -> Result<Result<Option<Frame>, Refusal>, StreamError> {
+        let start = Instant::now();
+        let runs = match self.read_runs(region, extent).await {
+            Ok(runs) => runs,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        // Compressing one page costs more time than it saves on any link a fault is bearable on.
+        let mut serve_us = u32::try_from(start.elapsed().as_micros()).unwrap_or(u32::MAX);
+        for run in runs {
+            self.send_run(run, false, serve_us, writer).await?;
+            serve_us = 0;
+        }
+        Ok(Ok(None))
+    }
+
+    async fn read_runs(&self, region: u32, extent: Extent) -> Result<Vec<Run>, Refusal> {
+        let open = self.region(region)?;
+        let store = &open.granted.store;
+        store.check(extent)?;
+        if extent.bytes(store.page_size()) > READ_MAX_BYTES {
+            let message = format!("{extent} are more than the {READ_MAX_BYTES} bytes that one READ may ask for");
+            return Err(Refusal(ErrorCode::BadFrame, message));
+        }
+        let runs = store.read(extent).await?;
+        if let Some(sent) = &open.sent {
+            sent.add(extent);
+        }
+        Ok(runs)
+    }
+
+    /// Sends a run, cut to what a frame may carry. Returns the bytes of content sent.
+    async fn send_run(&self, run: Run, compress: bool, serve_us: u32, writer: &mut FrameWriter) -> Result<u64, StreamError> {
+        let mut sent_bytes = 0;
+        for Run { extent, content } in split(run, MAX_RUN_BYTES.into()) {
+            let (encoding, bytes) = encode_run(content, compress);
+            sent_bytes += bytes.len() as u64;
+            writer.send_data(DataHead::new(encoding, extent, serve_us, bytes.len())?, bytes).await?;
+        }
+        Ok(sent_bytes)
+    }
+
+    async fn write(&self, region: u32, run: EncodedRun) -> Result<Option<Frame>, Refusal> {
+        let open = self.region(region)?;
+        if open.granted.access == Access::Read {
+            return Err(Refusal(ErrorCode::ReadOnly, format!("region {:?} is granted for reading only", open.name)));
+        }
+        let store = &open.granted.store;
+        store.check(run.extent())?;
+        let bad = |error: WireError| Refusal(ErrorCode::BadFrame, error.to_string());
+        let decoded_len = run.decoded_len(store.page_size()).map_err(bad)?;
+        let bytes = match decode_run(run.encoding(), run.bytes().clone(), decoded_len).map_err(bad)? {
+            Content::Zero => Bytes::from(vec![0; decoded_len]),
+            Content::Bytes(bytes) => bytes,
+        };
+        store.write(run.extent(), &bytes).await?;
+        Ok(Some(Frame::Done))
+    }
+
+    async fn flush(&self, region: u32) -> Result<Option<Frame>, Refusal> {
+        let open = self.region(region)?;
+        open.granted.store.flush().await?;
+        Ok(Some(Frame::Done))
+    }
+
+    async fn pull(
+        &self,
+        region: u32,
+        credit_bytes: u64,
+        extents: Vec<Extent>,
+        writer: &mut FrameWriter,
+        reader: FrameReader,
+    ) -> Result<(), StreamError> {
+        writer.prioritise(priority(Class::Background));
+        match self.start_pull(region, &extents) {
+            Err(Refusal(code, message)) => writer.send(&failed(code, &message)).await,
+            Ok((store, sent)) => {
+                let credit = Credit::new(self.connection.clone(), reader, credit_bytes);
+                self.stream(store, sent, extents, credit, writer).await
+            }
+        }
+    }
+
+    fn start_pull(&self, region: u32, extents: &[Extent]) -> Result<(Arc<dyn PageStore>, Arc<Sent>), Refusal> {
+        let open = self.region(region)?;
+        let store = open.granted.store;
+        extents.iter().try_for_each(|extent| store.check(*extent))?;
+        let sent = Arc::new(Sent::new(store.extent().count()));
+        let at = (region as usize).saturating_sub(1);
+        if let Some(open) = self.regions().get_mut(at) {
+            open.sent = Some(sent.clone());
+        }
+        Ok((store, sent))
+    }
+
+    /// Reads ahead of the network by one step, on other threads where there is compressing to do.
+    async fn stream(
+        &self,
+        store: Arc<dyn PageStore>,
+        sent: Arc<Sent>,
+        extents: Vec<Extent>,
+        mut credit: Credit,
+        writer: &mut FrameWriter,
+    ) -> Result<(), StreamError> {
+        let (compress, page) = (self.shared.options.compress, store.page_size());
+        let step = (PULL_EXTENT_BYTES / page.bytes()).max(1);
+        let mut ready: VecDeque<tokio::task::JoinHandle<Result<Vec<EncodedRun>, Refusal>>> = VecDeque::new();
+        let mut steps = extents.into_iter().flat_map(|extent| extent.chunks(step).collect::<Vec<_>>());
+        loop {
+            while ready.len() < ENCODE_AHEAD
+                && let Some(extent) = steps.next()
+            {
+                let (store, sent) = (store.clone(), sent.clone());
+                ready.push_back(self.shared.service.spawn(async move { encode_step(&*store, &sent, extent, compress).await }));
+            }
+            let Some(next) = ready.pop_front() else { return writer.send(&Frame::End).await };
+            let runs = match next.await {
+                Ok(Ok(runs)) => runs,
+                Ok(Err(Refusal(code, message))) => return writer.send(&failed(code, &message)).await,
+                Err(_) => return writer.send(&failed(ErrorCode::StoreFailed, "the store panicked")).await,
+            };
+            for run in runs {
+                // Demanded and sent while it was being encoded.
+                if run.extent().pages().all(|page| sent.holds(page)) {
+                    continue;
+                }
+                let len_bytes = run.bytes().len() as u64;
+                credit.take(len_bytes).await?;
+                let head = DataHead::new(run.encoding(), run.extent(), 0, run.bytes().len())?;
+                writer.send_data(head, run.bytes().clone()).await?;
+            }
+        }
+    }
+}
+
+/// Steps of a bulk read that are read and encoded while an earlier one is sent.
+const ENCODE_AHEAD: usize = 3;
+
+async fn encode_step(store: &dyn PageStore, sent: &Sent, extent: Extent, compress: bool) -> Result<Vec<EncodedRun>, Refusal> {
+    let mut runs = Vec::new();
+    for part in sent.unsent(extent) {
+        runs.extend(store.read(part).await?);
+    }
+    let page = store.page_size();
+    let encode = move || -> Result<Vec<EncodedRun>, WireError> {
+        let parts = runs.into_iter().flat_map(|run| kinds_of(run, page)).flat_map(|run| split(run, MAX_RUN_BYTES.into()));
+        parts
+            .map(|run| {
+                let (encoding, bytes) = encode_run(run.content, compress);
+                EncodedRun::new(run.extent, encoding, bytes)
+            })
+            .collect()
+    };
+    let encoded = if compress {
+        tokio::task::spawn_blocking(encode).await.map_err(|_| Refusal(ErrorCode::StoreFailed, "encoding failed".into()))?
+    } else {
+        encode()
+    };
+    encoded.map_err(|error| Refusal(ErrorCode::StoreFailed, error.to_string()))
+}
+
+/// Cuts a run into parts of at most `max_bytes`. Zeros cost nothing to carry and stay whole.
+fn split(run: Run, max_bytes: u64) -> Vec<Run> {
+    let Content::Bytes(bytes) = &run.content else { return vec![run] };
+    if bytes.len() as u64 <= max_bytes || run.extent.is_empty() {
+        return vec![run];
+    }
+    let page_len = bytes.len() as u64 / run.extent.count();
+    let parts = run.extent.chunks(max_bytes / page_len.max(1));
+    #[allow(clippy::cast_possible_truncation, reason = "offsets inside `bytes`")]
+    let cut = |part: Extent| {
+        let from = ((part.first() - run.extent.first()) * page_len) as usize;
+        Run::bytes(part, bytes.slice(from..from + (part.count() * page_len) as usize))
+    };
+    parts.map(cut).collect()
+}
+
+/// How much a bulk read may have on the way.
+struct Credit {
+    connection: quinn::Connection,
+    total: tokio::sync::watch::Receiver<u64>,
+    window_bytes: u64,
+    sent_bytes: u64,
+}
+
+impl Credit {
+    /// Reads CREDIT frames until the stream ends.
+    fn new(connection: quinn::Connection, mut reader: FrameReader, credit_bytes: u64) -> Credit {
+        let (granted, total) = tokio::sync::watch::channel(credit_bytes);
+        tokio::spawn(async move {
+            while let Ok(Some(Frame::Credit { total_bytes })) = reader.next().await {
+                if granted.send(total_bytes).is_err() {
+                    return;
+                }
+            }
+        });
+        Credit { connection, total, window_bytes: credit_bytes, sent_bytes: 0 }
+    }
+
+    /// Waits until `bytes` more may be sent.
+    async fn take(&mut self, bytes: u64) -> Result<(), StreamError> {
+        loop {
+            let total = *self.total.borrow_and_update();
+            // What the client has used up, by its own word.
+            let used_bytes = total.saturating_sub(self.window_bytes);
+            let path_bytes = self.connection.stats().path.cwnd.saturating_mul(2);
+            let limit = path_bytes.max(PULL_AHEAD_MIN_BYTES).min(self.window_bytes);
+            let ahead = self.sent_bytes.saturating_sub(used_bytes);
+            // A run longer than the whole credit goes alone.
+            if ahead == 0 || ahead + bytes <= limit {
+                self.sent_bytes += bytes;
+                return Ok(());
+            }
+            let more = tokio::time::timeout(CWND_LOOK, self.total.changed()).await;
+            if matches!(more, Ok(Err(_))) {
+                return Err(StreamError::Ended("the client left the bulk read".into()));
+            }
+        }
+    }
+}
+
+/// How often the congestion window is looked at while waiting for credit: it grows without telling.
+const CWND_LOOK: Duration = Duration::from_millis(20);
+
+fn failed(code: ErrorCode, message: &str) -> Frame {
+    Frame::Failed { code, message: Message::cut(message) }
+}
+
+fn unexpected(frame: &Frame, expected: &'static str) -> StreamError {
+    StreamError::Wire(WireError::Unexpected { found: frame.kind().name(), expected })
+}
