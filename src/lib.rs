@@ -1,6 +1,13 @@
 //! Moves the memory of a running program between hosts.
 
-#![deny(unsafe_op_in_unsafe_fn, missing_docs)]
+// Lints of the library alone; those of every target stand in Cargo.toml.
+#![deny(
+    unsafe_code,         // `sys` allows it, on its `mod` line; nothing else does
+    missing_docs,        // what is public is documented
+    clippy::unwrap_used, // nothing panics across the API
+    clippy::expect_used  // the same
+)]
+#![warn(unreachable_pub)] // `pub` means public, what is not says `pub(crate)`; only a warning, so that half-done work still builds
 
 mod error;
 #[doc(hidden)]
@@ -14,6 +21,7 @@ mod region;
 mod service;
 mod stats;
 mod store;
+#[allow(unsafe_code, reason = "the one place for it")]
 mod sys;
 
 pub use error::{NetError, RegionError, StoreError};

@@ -40,6 +40,7 @@ impl PageSize {
 
     /// Bytes in a page, as a length of memory.
     #[must_use]
+    #[allow(clippy::len_without_is_empty, reason = "no page is empty")]
     pub const fn len(self) -> usize {
         1 << self.shift
     }
