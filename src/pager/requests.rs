@@ -29,6 +29,9 @@ pub(super) struct Ask {
     pub(super) read_at: Instant,
 }
 
+/// A store that takes no longer has its pages in memory here: a wake-up alone takes about as long.
+const AT_ONCE: Duration = Duration::from_micros(10);
+
 /// What comes after a reply.
 enum After {
     Done,
@@ -84,7 +87,13 @@ impl Engine {
         }
         let Some(entry) = state.regions.get_mut(&ask.region) else { return After::Done };
         if ask.origin == Origin::Demand {
-            self.service.polling().relax();
+            // A store that answers at once will see the next fault of the same thread soon: keep polling. Where a peer was asked, the core
+            // is better left to the thread that was woken.
+            if replied_at - asked_at < AT_ONCE {
+                self.service.polling().expect();
+            } else {
+                self.service.polling().relax();
+            }
             let hops = &entry.counters.hops;
             hops.hop(Hop::Decide).record(asked_at.saturating_duration_since(ask.read_at));
             hops.hop(Hop::Store).record(replied_at - asked_at);
