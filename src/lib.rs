@@ -12,6 +12,7 @@
 mod error;
 #[doc(hidden)]
 pub mod fuzzing;
+mod migrate;
 mod net;
 mod options;
 mod page;
@@ -25,6 +26,10 @@ mod store;
 mod sys;
 
 pub use error::{NetError, RegionError, StoreError};
+pub use migrate::{
+    Departed, Destination, DestinationBuilder, Gate, GateThread, MoveError, MoveEvent, Moved, Pass, PauseError, Source,
+    SourceBuilder, Strategy,
+};
 pub use net::{
     Grant, Identity, IdentityError, Peer, PeerBuilder, PeerId, PeerIdError, RemoteStore, Server, ServerBuilder, TransportOptions,
     Trust,

@@ -18,7 +18,9 @@ pub(crate) mod wire;
 
 pub use identity::{Identity, IdentityError, PeerId, PeerIdError};
 pub use peer::{Peer, PeerBuilder, RemoteStore};
+pub(crate) use server::{Extension, TakeStream};
 pub use server::{Grant, Server, ServerBuilder};
+pub(crate) use stream::{FrameReader, FrameWriter, StreamError};
 pub use tls::Trust;
 pub use transport::TransportOptions;
 

@@ -106,10 +106,6 @@ impl FrameReader {
         Ok(self.take(head.len_bytes()))
     }
 
-    pub(crate) fn into_inner(self) -> RecvStream {
-        self.stream
-    }
-
     fn chunk(&mut self) -> &mut Bytes {
         &mut self.queue[self.at]
     }

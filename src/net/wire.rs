@@ -71,6 +71,8 @@ kinds! {
     0x36 "COMPLETE"  Complete  24, 24;
     0x37 "RELEASED"  Released  24, 24;
     0x38 "ABORT"     Abort     28, 28 + MAX_MESSAGE_BYTES;
+    0x39 "MAPPED"    Mapped    24, 24;
+    0x3a "PREPARE"   Prepare   32, 32;
 }
 
 /// An extent of a PULL: `first` and `count`.
@@ -239,6 +241,17 @@ pub(crate) enum Frame {
         code: ErrorCode,
         message: Message,
     },
+    /// The destination has mapped the regions offered.
+    Mapped {
+        session: u128,
+        epoch: u64,
+    },
+    /// The program has paused; its state follows in STATE frames.
+    Prepare {
+        session: u128,
+        epoch: u64,
+        state_bytes: StateLength,
+    },
 }
 
 impl Frame {
@@ -267,6 +280,8 @@ impl Frame {
             Frame::Complete { .. } => Kind::Complete,
             Frame::Released { .. } => Kind::Released,
             Frame::Abort { .. } => Kind::Abort,
+            Frame::Mapped { .. } => Kind::Mapped,
+            Frame::Prepare { .. } => Kind::Prepare,
         }
     }
 
@@ -333,6 +348,12 @@ impl Frame {
             Kind::Resumed => Frame::Resumed { session: p.u128("session")?, epoch: p.u64("epoch")? },
             Kind::Complete => Frame::Complete { session: p.u128("session")?, epoch: p.u64("epoch")? },
             Kind::Released => Frame::Released { session: p.u128("session")?, epoch: p.u64("epoch")? },
+            Kind::Mapped => Frame::Mapped { session: p.u128("session")?, epoch: p.u64("epoch")? },
+            Kind::Prepare => {
+                let (session, epoch) = (p.u128("session")?, p.u64("epoch")?);
+                let state_bytes = StateLength::of_field(frame, "state_bytes", p.u64("state_bytes")?)?;
+                Frame::Prepare { session, epoch, state_bytes }
+            }
             Kind::Abort => {
                 let (session, epoch) = (p.u128("session")?, p.u64("epoch")?);
                 Frame::Abort { session, epoch, code: p.u16("code")?.into(), message: p.str16("message")? }
@@ -408,7 +429,12 @@ impl Frame {
             | Frame::Commit { session, epoch }
             | Frame::Resumed { session, epoch }
             | Frame::Complete { session, epoch }
-            | Frame::Released { session, epoch } => put_turn(out, *session, *epoch),
+            | Frame::Released { session, epoch }
+            | Frame::Mapped { session, epoch } => put_turn(out, *session, *epoch),
+            Frame::Prepare { session, epoch, state_bytes } => {
+                put_turn(out, *session, *epoch);
+                out.put_u64_le(**state_bytes);
+            }
             Frame::Abort { session, epoch, code, message } => {
                 put_turn(out, *session, *epoch);
                 put_failure(out, *code, message);

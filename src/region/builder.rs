@@ -158,7 +158,16 @@ impl RegionBuilder {
                 Some(Paged { pager, id, counters, events })
             }
         };
-        Ok(Region { inner: Arc::new(Inner { name: self.name, size_bytes, page, mapping: Some(mapping), paged }) })
+        Ok(Region {
+            inner: Arc::new(Inner {
+                name: self.name,
+                size_bytes,
+                page,
+                fixed: self.address.is_some(),
+                mapping: Some(mapping),
+                paged,
+            }),
+        })
     }
 }
 

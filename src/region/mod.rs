@@ -16,7 +16,7 @@ use crate::{
 use std::{
     ops::Range,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicU32, AtomicU64},
     },
 };
@@ -54,10 +54,23 @@ pub struct Region {
     inner: Arc<Inner>,
 }
 
+/// See [`Region::downgrade`].
+#[derive(Clone)]
+pub(crate) struct WeakRegion {
+    inner: Weak<Inner>,
+}
+
+impl WeakRegion {
+    pub(crate) fn upgrade(&self) -> Option<Region> {
+        self.inner.upgrade().map(|inner| Region { inner })
+    }
+}
+
 struct Inner {
     name: String,
     size_bytes: u64,
     page: PageSize,
+    fixed: bool,
     /// `None` only while the drop unmaps it.
     mapping: Option<Arc<Mapping>>,
     paged: Option<Paged>,
@@ -128,6 +141,12 @@ impl Region {
     #[must_use]
     pub fn extent(&self) -> Extent {
         Extent::between(0, self.inner.page.pages_for(self.inner.size_bytes))
+    }
+
+    /// The address it was opened at, if one was asked for: the program keeps pointers into it.
+    #[must_use]
+    pub fn fixed_address(&self) -> Option<usize> {
+        self.inner.fixed.then(|| self.mapping().address())
     }
 
     /// Start of the memory, valid for [`len`](Region::len) bytes while a clone of the region lives. See docs/safety.md for what may be done with it: in short, a
@@ -215,9 +234,26 @@ impl Region {
     /// # Errors
     /// [`RegionError::Lost`] when pages were given up, [`RegionError::PagerStopped`] when the region was dropped meanwhile.
     pub async fn pull(&self) -> Result<(), RegionError> {
-        let Some(paged) = &self.inner.paged else { return Ok(()) };
-        let pull = Engine::pull(Arc::downgrade(paged.pager.engine()), paged.id);
-        paged.pager.service().spawn(pull).await.map_err(|_| RegionError::PagerStopped)?
+        self.pull_owned().await
+    }
+
+    /// As [`pull`](Region::pull), without holding the region: dropping its last handle ends the pull.
+    pub(crate) fn pull_owned(&self) -> impl Future<Output = Result<(), RegionError>> + Send + use<> {
+        let pull = self.inner.paged.as_ref().map(|paged| {
+            let pull = Engine::pull(Arc::downgrade(paged.pager.engine()), paged.id);
+            paged.pager.service().spawn(pull)
+        });
+        async move {
+            match pull {
+                None => Ok(()),
+                Some(pull) => pull.await.map_err(|_| RegionError::PagerStopped)?,
+            }
+        }
+    }
+
+    /// A handle that does not keep the memory.
+    pub(crate) fn downgrade(&self) -> WeakRegion {
+        WeakRegion { inner: Arc::downgrade(&self.inner) }
     }
 
     /// Gives pages back to the kernel (`MADV_DONTNEED`): they read as zeros from then on, whatever the store holds. `range` in bytes must be

@@ -11,10 +11,3 @@ mod userfault;
 
 pub(crate) use mapping::{MapAt, Mapping, page_size};
 pub(crate) use userfault::{Access, EVENTS_A_READ, Features, Message, OpenError, Stop, Userfault};
-
-/// Binds the calling thread to the given scheduling slack so that timed waits are not rounded up to the default 50 us
-/// (prctl(2), PR_SET_TIMERSLACK). Failure only costs latency and is ignored.
-pub(crate) fn tighten_timer_slack() {
-    // SAFETY: PR_SET_TIMERSLACK takes one integer, touches no memory and changes only the calling thread.
-    unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1_000_u64, 0, 0, 0) };
-}

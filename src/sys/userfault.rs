@@ -18,7 +18,7 @@ use userfaultfd::{Event, EventBuffer, FaultKind, Uffd};
 
 /// How the descriptor was obtained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+pub(crate) enum Access {
     /// `/dev/userfaultfd`: file permissions decide; faults from kernel code are served too.
     Device,
     /// The system call with `CAP_SYS_PTRACE` or `vm.unprivileged_userfaultfd=1`; faults from kernel code are served too.

@@ -122,10 +122,6 @@ impl<T: Measure, const MIN: u32, const MAX: u32> Limited<T, MIN, MAX> {
         in_range(frame, field, value.measure(), MIN, MAX)?;
         Ok(Limited(value))
     }
-
-    pub(crate) fn into_inner(self) -> T {
-        self.0
-    }
 }
 
 impl<const MAX: u32> Limited<Box<str>, 0, MAX> {

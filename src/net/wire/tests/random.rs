@@ -93,6 +93,14 @@ fn frame(kind: Kind) -> BoxedStrategy<Frame> {
         Kind::Resumed => turn().prop_map(|(session, epoch)| Frame::Resumed { session, epoch }).boxed(),
         Kind::Complete => turn().prop_map(|(session, epoch)| Frame::Complete { session, epoch }).boxed(),
         Kind::Released => turn().prop_map(|(session, epoch)| Frame::Released { session, epoch }).boxed(),
+        Kind::Mapped => turn().prop_map(|(session, epoch)| Frame::Mapped { session, epoch }).boxed(),
+        Kind::Prepare => (turn(), 0..=u64::from(MAX_STATE_BYTES))
+            .prop_map(|((session, epoch), state_bytes)| Frame::Prepare {
+                session,
+                epoch,
+                state_bytes: StateLength::new(state_bytes).unwrap(),
+            })
+            .boxed(),
         Kind::Abort => (turn(), code(), text())
             .prop_map(|((session, epoch), code, message)| Frame::Abort { session, epoch, code, message })
             .boxed(),

@@ -1,0 +1,236 @@
+//! The decisions of a handover: who owns the program after each message, time-out and failure.
+//!
+//! Role: decides for `source` and `destination`, which carry it out. Neighbours: both feed it events and do what it answers; docs/protocol.md draws it. Invariants:
+//! S6: at most one owner, ever. The source gives the program up in one step, when it decides to commit, and never takes it back; the destination owns it only
+//! once it was told so. Before that step any failure gives the program back to the source. Messages may be repeated, late, or lost.
+//!
+//! Pure: no I/O, no clock, no bytes. The tests below run every order of messages, losses and repeats up to a depth that covers a whole handover with two faults.
+
+/// Names one migration; chosen at random by the destination.
+pub(crate) type SessionId = u128;
+
+/// One attempt of a session to get the program. The epoch counts attempts and so names owners: the owner's is the highest that was committed. It
+/// travels with every message, so that one of an attempt that was given up is never taken for one of the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Turn {
+    pub(crate) session: SessionId,
+    pub(crate) epoch: u64,
+}
+
+/// What the source knows of the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum SourceState {
+    /// It runs here.
+    Running,
+    /// It runs here, and its regions were offered.
+    Offered(Turn),
+    /// It is being paused, or is paused and its state is on the way.
+    Paused(Turn),
+    /// It belongs to the destination.
+    Committed(Turn),
+    /// The destination has all its pages.
+    Released(Turn),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum SourceEvent {
+    /// TAKE.
+    Take(SessionId),
+    /// MAPPED.
+    Mapped(Turn),
+    /// READY.
+    Ready(Turn),
+    /// COMPLETE.
+    Complete(Turn),
+    /// The attempt's stream ended, ABORT came, a time limit passed, the pause failed, or the program's owner cancelled.
+    Failed(Turn),
+}
+
+/// What the source does about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum SourceAction {
+    /// Nothing: late or repeated.
+    Ignore,
+    SendOffer(Turn),
+    /// Pause the program, then send PREPARE and its state.
+    PauseAndPrepare(Turn),
+    /// Tell the program to stop for good, then send COMMIT.
+    StopAndCommit(Turn),
+    /// Send COMMIT again.
+    CommitAgain(Turn),
+    /// Let the program run on.
+    Resume,
+    /// The same, and send ABORT.
+    ResumeAndRefuse,
+    /// The regions may be freed; send RELEASED.
+    Release(Turn),
+    /// Send ABORT: another attempt has the program, or is about to.
+    Refuse,
+}
+
+/// The source's half.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct SourceHandover {
+    state: SourceState,
+    epoch: u64,
+}
+
+impl SourceHandover {
+    /// The program runs here, as the owner numbered `epoch`.
+    pub(crate) fn new(epoch: u64) -> SourceHandover {
+        SourceHandover { state: SourceState::Running, epoch }
+    }
+
+    pub(crate) fn state(&self) -> SourceState {
+        self.state
+    }
+
+    pub(crate) fn on(&mut self, event: SourceEvent) -> SourceAction {
+        use SourceAction::{
+            CommitAgain, Ignore, PauseAndPrepare, Refuse, Release, Resume, ResumeAndRefuse, SendOffer, StopAndCommit,
+        };
+        use SourceState::{Committed, Offered, Paused, Released, Running};
+        let (state, action) = match (self.state, event) {
+            (Running, SourceEvent::Take(session)) => {
+                self.epoch += 1;
+                let turn = Turn { session, epoch: self.epoch };
+                (Offered(turn), SendOffer(turn))
+            }
+            // Repeated, or asked again on another stream. No state was sent yet, so it is the same attempt.
+            (Offered(turn), SourceEvent::Take(session)) if turn.session == session => (self.state, SendOffer(turn)),
+            (Committed(turn) | Released(turn), SourceEvent::Take(session)) if turn.session == session => {
+                (self.state, CommitAgain(turn))
+            }
+            // Its stream broke after it was ready, or nearly. It is told no, so it must never get a yes: this attempt ends here, and its READY
+            // comes too late.
+            (Paused(turn), SourceEvent::Take(session)) if turn.session == session => (Running, ResumeAndRefuse),
+            (_, SourceEvent::Take(_)) => (self.state, Refuse),
+
+            (Offered(turn), SourceEvent::Mapped(of)) if turn == of => (Paused(turn), PauseAndPrepare(turn)),
+            (Paused(turn), SourceEvent::Mapped(of)) if turn == of => (self.state, Ignore),
+
+            // The one step in which the program changes hands.
+            (Paused(turn), SourceEvent::Ready(of)) if turn == of => (Committed(turn), StopAndCommit(turn)),
+            (Committed(turn) | Released(turn), SourceEvent::Ready(of)) if turn == of => (self.state, CommitAgain(turn)),
+
+            (Committed(turn) | Released(turn), SourceEvent::Complete(of)) if turn == of => (Released(turn), Release(turn)),
+            (_, SourceEvent::Mapped(_) | SourceEvent::Ready(_) | SourceEvent::Complete(_)) => (self.state, Refuse),
+
+            (Offered(turn), SourceEvent::Failed(of)) if turn == of => (Running, Ignore),
+            (Paused(turn), SourceEvent::Failed(of)) if turn == of => (Running, Resume),
+            // After the commit no failure gives it back.
+            (_, SourceEvent::Failed(_)) => (self.state, Ignore),
+        };
+        self.state = state;
+        action
+    }
+}
+
+/// What the destination knows of the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum DestinationState {
+    /// TAKE was sent.
+    Asked,
+    /// The regions are mapped, MAPPED was sent.
+    Mapped,
+    /// The state is here and READY was sent: only the source knows who owns the program.
+    Ready,
+    /// It belongs to this end.
+    Owner,
+    /// And all its pages are here.
+    Complete,
+    /// It never will.
+    Failed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum DestinationEvent {
+    /// OFFER.
+    Offer { epoch: u64 },
+    /// PREPARE and all of the state.
+    Prepared { epoch: u64 },
+    /// COMMIT.
+    Commit { epoch: u64 },
+    /// All pages are here.
+    AllHere,
+    /// RELEASED.
+    Released { epoch: u64 },
+    /// ABORT.
+    Abort,
+    /// The stream ended without a word.
+    Lost,
+    /// The time for the source's answer is over.
+    TimedOut,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum DestinationAction {
+    Ignore,
+    /// Map the regions, then send MAPPED.
+    MapAndSayMapped,
+    SendReady,
+    /// The program is here: send RESUMED and let it run.
+    Run,
+    SendComplete,
+    /// The source has let go.
+    Finish,
+    /// Connect again and send TAKE with the same session.
+    AskAgain,
+    /// Drop the regions and report.
+    GiveUp,
+}
+
+/// The destination's half.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct DestinationHandover {
+    state: DestinationState,
+    /// Of the attempt that it takes part in; zero before an offer.
+    epoch: u64,
+}
+
+impl DestinationHandover {
+    pub(crate) fn new() -> DestinationHandover {
+        DestinationHandover { state: DestinationState::Asked, epoch: 0 }
+    }
+
+    pub(crate) fn state(&self) -> DestinationState {
+        self.state
+    }
+
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    pub(crate) fn on(&mut self, event: DestinationEvent) -> DestinationAction {
+        use DestinationAction::{AskAgain, Finish, GiveUp, Ignore, MapAndSayMapped, Run, SendComplete, SendReady};
+        use DestinationEvent::{Abort, AllHere, Commit, Lost, Offer, Prepared, Released, TimedOut};
+        use DestinationState::{Asked, Complete, Failed, Mapped, Owner, Ready};
+        let own = self.epoch;
+        let (state, action) = match (self.state, event) {
+            (Asked, Offer { epoch }) => {
+                self.epoch = epoch;
+                (Mapped, MapAndSayMapped)
+            }
+            (Mapped, Prepared { epoch }) if epoch == own => (Ready, SendReady),
+            (Ready, Commit { epoch }) if epoch == own => (Owner, Run),
+            // COMMIT again answers a TAKE that asked again: the source listens.
+            (Complete, Commit { epoch }) if epoch == own => (Complete, SendComplete),
+            (Owner, AllHere) => (Complete, SendComplete),
+            (Complete, Released { epoch }) if epoch == own => (Complete, Finish),
+            // Nothing was promised yet: the program runs at the source.
+            (Asked | Mapped, Lost | TimedOut | Abort) => (Failed, GiveUp),
+            // The source may have committed: ask. Once it owns the program it only asks to say that it has all pages.
+            (Ready | Owner | Complete, Lost) => (self.state, AskAgain),
+            // The source says that it did not commit, or offers the program anew, which is the same; or nobody says anything: then this end must not
+            // run, whatever the source did.
+            (Ready, Abort | TimedOut) => (Failed, GiveUp),
+            (Ready, Offer { epoch }) if epoch != own => (Failed, GiveUp),
+            _ => (self.state, Ignore),
+        };
+        self.state = state;
+        action
+    }
+}
+
+#[cfg(test)]
+mod tests;

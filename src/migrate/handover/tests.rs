@@ -1,0 +1,295 @@
+//! Runs every order of deliveries, losses, repeats and time-outs between the two real state machines.
+//!
+//! Goal: S6. Method: breadth-first over all states of a world of one source, two destinations of different sessions and the messages between them; a message
+//! may be delivered, delivered and kept (a repeat), or lost; streams may end and deadlines may pass at any moment, a bounded number of times.
+
+use super::*;
+use std::collections::{HashSet, VecDeque};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Message {
+    Take,
+    Offer,
+    Mapped,
+    Prepare,
+    Ready,
+    Commit,
+    Complete,
+    Released,
+    Abort,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct World {
+    source: SourceHandover,
+    /// Whether the program's threads may run at the source.
+    source_runs: bool,
+    /// Counts the stretches in which the program ran at the source: the state sent in one is stale in the next.
+    source_version: u64,
+    ever_committed: bool,
+    freed: bool,
+    destinations: Vec<DestinationHandover>,
+    /// The version of the state that each holds.
+    held_version: Vec<u64>,
+    destination_runs: Vec<bool>,
+    /// Messages on the way, sorted: destination, whether to the source, message, epoch, version of the state.
+    wire: Vec<Item>,
+    faults_left: u32,
+}
+
+type Item = (usize, bool, Message, u64, u64);
+
+fn session(destination: usize) -> SessionId {
+    destination as SessionId + 10
+}
+
+impl World {
+    fn new(destinations: usize, faults_left: u32) -> World {
+        World {
+            source: SourceHandover::new(1),
+            source_runs: true,
+            source_version: 1,
+            ever_committed: false,
+            freed: false,
+            destinations: vec![DestinationHandover::new(); destinations],
+            held_version: vec![0; destinations],
+            destination_runs: vec![false; destinations],
+            wire: (0..destinations).map(|d| (d, true, Message::Take, 0, 0)).collect(),
+            faults_left,
+        }
+    }
+
+    fn send(&mut self, item: Item) {
+        self.wire.push(item);
+        self.wire.sort_unstable();
+    }
+
+    fn at_source(&mut self, d: usize, event: SourceEvent) {
+        let version = self.source_version;
+        match self.source.on(event) {
+            SourceAction::Ignore => {}
+            SourceAction::SendOffer(turn) => self.send((d, false, Message::Offer, turn.epoch, 0)),
+            SourceAction::PauseAndPrepare(turn) => {
+                self.source_runs = false;
+                self.send((d, false, Message::Prepare, turn.epoch, version));
+            }
+            SourceAction::StopAndCommit(turn) => {
+                assert!(!self.source_runs && !self.ever_committed, "committed while running, or twice");
+                self.ever_committed = true;
+                self.send((d, false, Message::Commit, turn.epoch, 0));
+            }
+            SourceAction::CommitAgain(turn) => self.send((d, false, Message::Commit, turn.epoch, 0)),
+            action @ (SourceAction::Resume | SourceAction::ResumeAndRefuse) => {
+                assert!(!self.ever_committed, "resumed after the commit");
+                self.source_runs = true;
+                self.source_version += 1;
+                if action == SourceAction::ResumeAndRefuse {
+                    self.send((d, false, Message::Abort, 0, 0));
+                }
+            }
+            SourceAction::Release(turn) => {
+                self.freed = true;
+                self.send((d, false, Message::Released, turn.epoch, 0));
+            }
+            SourceAction::Refuse => self.send((d, false, Message::Abort, 0, 0)),
+        }
+    }
+
+    fn at_destination(&mut self, d: usize, event: DestinationEvent) {
+        let action = self.destinations[d].on(event);
+        let epoch = self.destinations[d].epoch();
+        match action {
+            DestinationAction::Ignore | DestinationAction::Finish | DestinationAction::GiveUp => {}
+            DestinationAction::MapAndSayMapped => self.send((d, true, Message::Mapped, epoch, 0)),
+            DestinationAction::SendReady => self.send((d, true, Message::Ready, epoch, 0)),
+            DestinationAction::Run => {
+                assert_eq!(self.held_version[d], self.source_version, "runs with a state that is stale");
+                self.destination_runs[d] = true;
+            }
+            DestinationAction::SendComplete => self.send((d, true, Message::Complete, epoch, 0)),
+            DestinationAction::AskAgain => self.send((d, true, Message::Take, 0, 0)),
+        }
+    }
+
+    fn deliver(&mut self, (d, to_source, message, epoch, version): Item) {
+        let turn = Turn { session: session(d), epoch };
+        match (to_source, message) {
+            (true, Message::Take) => self.at_source(d, SourceEvent::Take(session(d))),
+            (true, Message::Mapped) => self.at_source(d, SourceEvent::Mapped(turn)),
+            (true, Message::Ready) => self.at_source(d, SourceEvent::Ready(turn)),
+            (true, Message::Complete) => self.at_source(d, SourceEvent::Complete(turn)),
+            (false, Message::Offer) => self.at_destination(d, DestinationEvent::Offer { epoch }),
+            (false, Message::Prepare) => {
+                // What the shell keeps is what the machine let it answer with READY.
+                if self.destinations[d].state() == DestinationState::Mapped && self.destinations[d].epoch() == epoch {
+                    self.held_version[d] = version;
+                }
+                self.at_destination(d, DestinationEvent::Prepared { epoch });
+            }
+            (false, Message::Commit) => self.at_destination(d, DestinationEvent::Commit { epoch }),
+            (false, Message::Released) => self.at_destination(d, DestinationEvent::Released { epoch }),
+            (false, Message::Abort) => self.at_destination(d, DestinationEvent::Abort),
+            (to_source, message) => unreachable!("{message:?} is not sent that way ({to_source})"),
+        }
+    }
+
+    /// The end of the attempt that the source is in, if it is one of `d`.
+    fn source_failure(&self, d: usize) -> Option<SourceEvent> {
+        match self.source.state() {
+            SourceState::Offered(turn) | SourceState::Paused(turn) | SourceState::Committed(turn) if turn.session == session(d) => {
+                Some(SourceEvent::Failed(turn))
+            }
+            _ => None,
+        }
+    }
+
+    fn check(&self) {
+        let owners = usize::from(self.source_runs) + self.destination_runs.iter().filter(|runs| **runs).count();
+        assert!(owners <= 1, "{owners} owners");
+        assert!(!(self.source_runs && self.ever_committed), "the source runs after the commit");
+        assert!(
+            !self.freed || self.destinations.iter().any(|d| d.state() == DestinationState::Complete),
+            "freed before it was acknowledged"
+        );
+        for (runs, destination) in self.destination_runs.iter().zip(&self.destinations) {
+            let owner = matches!(destination.state(), DestinationState::Owner | DestinationState::Complete);
+            assert_eq!(*runs, owner, "who runs is not who owns");
+        }
+    }
+
+    /// All worlds one step from here.
+    fn steps(&self) -> Vec<World> {
+        let mut next = Vec::new();
+        let mut step = |change: &dyn Fn(&mut World)| {
+            let mut world = self.clone();
+            change(&mut world);
+            next.push(world);
+        };
+        for (at, item) in self.wire.iter().enumerate() {
+            step(&|world| {
+                world.wire.remove(at);
+                world.deliver(*item)
+            });
+            if self.faults_left > 0 {
+                // Repeated: delivered and still on the way.
+                step(&|world| {
+                    world.faults_left -= 1;
+                    world.deliver(*item)
+                });
+                step(&|world| {
+                    world.faults_left -= 1;
+                    world.wire.remove(at);
+                });
+            }
+        }
+        for d in 0..self.destinations.len() {
+            if self.destinations[d].state() == DestinationState::Owner {
+                step(&|world| world.at_destination(d, DestinationEvent::AllHere));
+            }
+            if self.faults_left > 0 {
+                let fault = |world: &mut World| world.faults_left -= 1;
+                // Each end notices the end of a stream, or a deadline, when it likes; messages may survive it.
+                if let Some(failure) = self.source_failure(d) {
+                    step(&|world| {
+                        fault(world);
+                        world.at_source(d, failure)
+                    });
+                }
+                step(&|world| {
+                    fault(world);
+                    world.at_destination(d, DestinationEvent::Lost)
+                });
+                step(&|world| {
+                    fault(world);
+                    world.at_destination(d, DestinationEvent::TimedOut)
+                });
+            }
+        }
+        next
+    }
+}
+
+/// Visits every reachable world; returns how many.
+fn explore(start: World, mut at_rest: impl FnMut(&World)) -> usize {
+    let mut seen = HashSet::from([start.clone()]);
+    let mut queue = VecDeque::from([start]);
+    while let Some(world) = queue.pop_front() {
+        world.check();
+        let steps = world.steps();
+        if world.wire.is_empty() {
+            at_rest(&world);
+        }
+        for step in steps {
+            if seen.insert(step.clone()) {
+                queue.push_back(step);
+            }
+        }
+    }
+    seen.len()
+}
+
+#[test]
+fn without_faults_the_program_moves_and_is_released() {
+    let mut ends = 0;
+    explore(World::new(1, 0), |world| {
+        if world.destinations[0].state() == DestinationState::Complete {
+            ends += 1;
+            assert!(world.freed && world.ever_committed && world.destination_runs[0]);
+        }
+    });
+    assert_eq!(ends, 1);
+}
+
+#[test]
+fn any_three_faults_leave_at_most_one_owner() {
+    let worlds = explore(World::new(1, 3), |_| {});
+    assert!(worlds > 500, "only {worlds} worlds: the exploration is broken");
+}
+
+#[test]
+fn two_destinations_and_two_faults_leave_at_most_one_owner() {
+    let worlds = explore(World::new(2, 2), |_| {});
+    assert!(worlds > 2_000, "only {worlds} worlds: the exploration is broken");
+}
+
+#[test]
+fn a_failure_at_the_source_before_the_commit_always_resumes_it() {
+    // In every world in which the source has not committed, the failure that its deadlines bring in the end lets the program run.
+    explore(World::new(2, 2), |world| {
+        let mut world = world.clone();
+        for d in 0..2 {
+            if let Some(failure) = world.source_failure(d) {
+                world.at_source(d, failure);
+            }
+        }
+        assert!(world.ever_committed || world.source_runs);
+    });
+}
+
+#[test]
+fn after_the_commit_only_its_session_is_answered_and_no_failure_undoes_it() {
+    let (first, second) = (Turn { session: 1, epoch: 8 }, Turn { session: 2, epoch: 9 });
+    let mut source = SourceHandover::new(7);
+    assert_eq!(source.on(SourceEvent::Take(1)), SourceAction::SendOffer(first));
+    assert_eq!(source.on(SourceEvent::Mapped(first)), SourceAction::PauseAndPrepare(first));
+    assert_eq!(source.on(SourceEvent::Ready(first)), SourceAction::StopAndCommit(first));
+    assert_eq!(source.on(SourceEvent::Failed(first)), SourceAction::Ignore);
+    assert_eq!(source.on(SourceEvent::Take(1)), SourceAction::CommitAgain(first));
+    assert_eq!(source.on(SourceEvent::Take(2)), SourceAction::Refuse);
+    assert_eq!(source.on(SourceEvent::Complete(second)), SourceAction::Refuse);
+    assert_eq!(source.on(SourceEvent::Complete(first)), SourceAction::Release(first));
+}
+
+#[test]
+fn a_ready_of_an_attempt_that_was_given_up_does_not_commit_the_next() {
+    let mut source = SourceHandover::new(1);
+    let first = Turn { session: 1, epoch: 2 };
+    source.on(SourceEvent::Take(1));
+    source.on(SourceEvent::Mapped(first));
+    assert_eq!(source.on(SourceEvent::Failed(first)), SourceAction::Resume);
+    let second = Turn { session: 1, epoch: 3 };
+    assert_eq!(source.on(SourceEvent::Take(1)), SourceAction::SendOffer(second));
+    assert_eq!(source.on(SourceEvent::Mapped(second)), SourceAction::PauseAndPrepare(second));
+    assert_eq!(source.on(SourceEvent::Ready(first)), SourceAction::Refuse);
+    assert_eq!(source.state(), SourceState::Paused(second));
+}

@@ -1,0 +1,126 @@
+//! Moves a running program between hosts.
+//!
+//! Role: the job above regions and peers: who owns the program, when it pauses, when its pages move. Neighbours: `handover` decides, `source` and `destination`
+//! carry it out, `gate` pauses the program; a future tracker and strategies join beside them. Invariants: S6: at most one owner, ever.
+
+mod destination;
+mod gate;
+mod handover;
+mod source;
+
+use crate::{NetError, RegionError};
+use std::time::Duration;
+use thiserror::Error;
+
+pub use destination::{Destination, DestinationBuilder, Moved};
+pub use gate::{Gate, GateThread, Pass, PauseError};
+pub use source::{Departed, Source, SourceBuilder};
+
+/// How the memory moves.
+///
+/// ```
+/// use pageferry::Strategy;
+/// assert_eq!(Strategy::post_copy(), Strategy::default());
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Strategy {
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Kind {
+    #[default]
+    PostCopy,
+}
+
+impl Strategy {
+    /// The program moves first and its pages follow: faults fetch what it touches while a pull brings the rest. The pause is the shortest there is;
+    /// afterwards the program is slower until its working set has come, and both hosts must live until the last page has.
+    #[must_use]
+    pub fn post_copy() -> Strategy {
+        Strategy { kind: Kind::PostCopy }
+    }
+}
+
+/// Something that happened in a migration, at the end that reports it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MoveEvent {
+    /// A destination asked, and was offered the program.
+    Offered {
+        /// The number of the owner that it would make.
+        epoch: u64,
+    },
+    /// The program is paused.
+    Paused,
+    /// The program belongs to the destination.
+    Committed {
+        /// Its number as the owner.
+        epoch: u64,
+    },
+    /// The destination said that the program runs there.
+    Resumed,
+    /// The attempt failed before the commit; the program runs on at the source.
+    Aborted {
+        /// Why.
+        reason: String,
+    },
+    /// Pages are coming in.
+    Progress {
+        /// Pages that are here.
+        resident_pages: u64,
+        /// Pages that will be.
+        pages: u64,
+    },
+    /// Every page is at the destination.
+    Complete,
+    /// The source has let go of its copy.
+    Released,
+}
+
+/// A migration failed.
+#[derive(Clone, Debug, Error)]
+#[non_exhaustive]
+pub enum MoveError {
+    /// The connection could not be made, or was refused.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// A region could not be made or filled here.
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    /// The other end gave up before the commit. The program runs on at the source.
+    #[error("the source called it off: {reason}")]
+    Aborted {
+        /// Its words.
+        reason: String,
+    },
+    /// The connection was lost before the commit. The program runs on at the source.
+    #[error("the connection was lost before the program changed hands: {reason}")]
+    Lost {
+        /// What was met.
+        reason: String,
+    },
+    /// This end was ready, and then could not learn for `waited` whether the source had committed. It must not run the program; look at the source: if it committed,
+    /// the program's memory is still there.
+    #[error("no word from the source for {waited:?} on whether the program had changed hands ({reason}); it does not run here")]
+    Unknown {
+        /// For how long it was asked.
+        waited: Duration,
+        /// What was met last.
+        reason: String,
+    },
+    /// The state is larger than the protocol carries.
+    #[error("the program's state has {state_bytes} bytes, at most {max_bytes} can move; keep large state in regions")]
+    StateTooLarge {
+        /// Its size.
+        state_bytes: u64,
+        /// The limit.
+        max_bytes: u64,
+    },
+    /// The peer sent something that the protocol forbids.
+    #[error("peer broke the protocol: {0}")]
+    Protocol(String),
+    /// This end was shut down.
+    #[error("this end was shut down")]
+    Closed,
+}
