@@ -1,0 +1,177 @@
+//! What each key means, what it is compared with, and how good it shall be.
+//!
+//! Role: the one table of units, baselines, targets and plots. Neighbours: `results` judges a run by it, the bench `report` draws it.
+//! Invariants: a target is a ratio of two medians of the same run, never an absolute figure; benches/README.md says the same in words.
+
+/// A target: `key` at most or at least so many times its baseline.
+pub struct Goal {
+    pub key: &'static str,
+    pub baseline: Baseline,
+    pub bound: Bound,
+    pub target: f64,
+    /// What would be better still.
+    pub stretch: Option<f64>,
+}
+
+/// What a key is divided by.
+pub enum Baseline {
+    /// The sum of these keys.
+    Sum(&'static [&'static str]),
+    /// Events a second, if each takes the microseconds of this key.
+    RateOf(&'static str),
+}
+
+/// On which side of a factor the ratio of a figure and its baseline shall lie.
+#[derive(Clone, Copy)]
+pub enum Bound {
+    AtMost,
+    AtLeast,
+}
+
+impl Baseline {
+    /// The keys it needs.
+    pub fn keys(&self) -> &[&'static str] {
+        match self {
+            Baseline::Sum(keys) => keys,
+            Baseline::RateOf(key) => std::slice::from_ref(key),
+        }
+    }
+
+    /// Its value, if all its keys have one.
+    pub fn value(&self, figure: impl Fn(&str) -> Option<f64>) -> Option<f64> {
+        match self {
+            Baseline::Sum(keys) => keys.iter().map(|key| figure(key)).sum(),
+            Baseline::RateOf(key) => figure(key).map(|us| 1e6 / us),
+        }
+    }
+
+    pub fn text(&self) -> String {
+        match self {
+            Baseline::Sum(keys) => keys.join(" + "),
+            Baseline::RateOf(key) => format!("1e6 / {key}"),
+        }
+    }
+}
+
+impl Bound {
+    pub fn holds(self, ratio: f64, factor: f64) -> bool {
+        match self {
+            Bound::AtMost => ratio <= factor,
+            Bound::AtLeast => ratio >= factor,
+        }
+    }
+
+    pub fn sign(self) -> &'static str {
+        match self {
+            Bound::AtMost => "<=",
+            Bound::AtLeast => ">=",
+        }
+    }
+}
+
+const fn at_most(key: &'static str, target: f64, baseline: Baseline, stretch: Option<f64>) -> Goal {
+    Goal { key, baseline, bound: Bound::AtMost, target, stretch }
+}
+
+const fn at_least(key: &'static str, target: f64, baseline: Baseline, stretch: Option<f64>) -> Goal {
+    Goal { key, baseline, bound: Bound::AtLeast, target, stretch }
+}
+
+pub static GOALS: &[Goal] = &[
+    at_most("store_us_p50", 1.25, Baseline::Sum(&["raw_us_p50"]), Some(1.05)),
+    at_most("quic_us_p50", 1.8, Baseline::Sum(&["raw_us_p50", "udp_us_p50"]), Some(1.3)),
+    at_most("quic_us_p99", 2.5, Baseline::Sum(&["raw_us_p99", "udp_us_p99"]), Some(1.5)),
+    at_least("quic8_pages_s", 3.0, Baseline::RateOf("quic_us_p50"), Some(5.0)),
+    at_least("store_seq_mb_s", 0.8, Baseline::Sum(&["copy_mb_s"]), Some(0.95)),
+    at_least("pull_mb_s", 0.95, Baseline::Sum(&["quinn_mb_s"]), None),
+    at_least("pull_jumbo_mb_s", 0.95, Baseline::Sum(&["quinn_jumbo_mb_s"]), None),
+    at_least("pull_vmlike_mb_s", 2.0, Baseline::Sum(&["pull_mb_s"]), None),
+    // Between two baselines: the transport options that pageferry sets shall not be worse than quinn's own.
+    at_least("quinn_mb_s", 1.0, Baseline::Sum(&["quinn_stock_mb_s"]), Some(2.0)),
+];
+
+/// How the keys of baselines begin: what others are measured against, never what pageferry does.
+pub const BASELINES: [&str; 4] = ["raw_", "udp_", "copy_", "quinn_"];
+
+pub fn goal_of(key: &str) -> Option<&'static Goal> {
+    GOALS.iter().find(|goal| goal.key == key)
+}
+
+/// The unit of a key, from its name.
+pub fn unit_of(key: &str) -> &'static str {
+    match key {
+        _ if key.contains("_us_") => "us",
+        _ if key.ends_with("_pages_s") => "pages/s",
+        _ if key.ends_with("_mb_s") => "MB/s",
+        _ if key.ends_with("_cpu_s_gib") => "CPU s/GiB",
+        _ => "",
+    }
+}
+
+/// Bars of keys with one unit. A bench that did not measure a key leaves its bar out.
+pub struct Plot {
+    pub file: &'static str,
+    pub title: &'static str,
+    pub keys: &'static [&'static str],
+}
+
+pub static PLOTS: &[Plot] = &[
+    Plot {
+        file: "fault_latency",
+        title: "One page, from touch to return (us, 4 KiB, random order)",
+        keys: &[
+            "raw_us_p50",
+            "udp_us_p50",
+            "store_us_p50",
+            "quic_us_p50",
+            "raw_us_p99",
+            "udp_us_p99",
+            "store_us_p99",
+            "quic_us_p99",
+        ],
+    },
+    Plot {
+        file: "fault_hops",
+        title: "Where the time of a fault over QUIC goes (mean, us)",
+        keys: &[
+            "quic_hop_fault_wake_us_mean",
+            "quic_hop_decide_us_mean",
+            "quic_hop_request_us_mean",
+            "quic_hop_wire_us_mean",
+            "quic_hop_serve_us_mean",
+            "quic_hop_reply_us_mean",
+            "quic_hop_install_us_mean",
+        ],
+    },
+    Plot {
+        file: "throughput",
+        title: "How fast a region fills (MB/s)",
+        keys: &[
+            "copy_mb_s",
+            "store_seq_mb_s",
+            "quinn_stock_mb_s",
+            "quinn_mb_s",
+            "pull_mb_s",
+            "quinn_jumbo_mb_s",
+            "pull_jumbo_mb_s",
+            "pull_vmlike_mb_s",
+        ],
+    },
+];
+
+/// Hops in the order of a page's journey, by the part of a key that names them, and what they hold. `store` sums up request to reply; what cannot be
+/// told apart is measured together.
+pub static HOPS: &[(&str, &str)] = &[
+    ("fault", "fault: touch to message read"),
+    ("decide", "decide: message read to request made"),
+    ("request", "request: to its bytes handed to QUIC"),
+    ("wire", "wire: both ways, without serve"),
+    ("serve", "serve: at the peer"),
+    ("reply", "reply: first byte to pages at hand"),
+    ("store", "(request to reply: all in the store)"),
+    ("install", "install"),
+    ("rest", "(pager's bookkeeping around them)"),
+    ("wake", "wake: install done to touch returned"),
+    ("fault_wake", "fault + wake"),
+    ("touch", "whole touch"),
+];

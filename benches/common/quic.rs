@@ -1,0 +1,88 @@
+//! pageferry's own peers, as the benches use them.
+//!
+//! Role: the one place that knows how a server is started and a peer reached. Neighbours: the far end is a `server`; both benches open regions over
+//! what `Ferry::connect` gives. Invariants: both ends prove a key; default options but for the MTU.
+
+use super::{
+    PAGE_BYTES, Result,
+    far_end::field,
+    plain_quinn::{Options, WARM_UP_BYTES},
+    server,
+};
+use bytes::Bytes;
+use pageferry::{
+    Grant, Hop, Hops, Identity, MemoryStore, PageSize, PageStore, Pager, PagerOptions, Peer, PeerId, Region, RegionBuilder, Server,
+};
+use serde_json::{Value, json};
+use std::{net::SocketAddr, sync::Arc};
+use tokio::runtime::Runtime;
+
+const GRANT: &str = "bench";
+
+/// The end that has the pages: serves them to one client for as long as `servers` lives.
+pub fn listen(pages: Bytes, question: &Value, servers: &mut Vec<Server>) -> Result<Value> {
+    let identity = Identity::generate()?;
+    let client: PeerId = field(question, "client", Value::as_str)?.parse()?;
+    let _mtu = field(question, "mtu", Value::as_u64)?;
+    let store = MemoryStore::from_bytes(pages, PageSize::KIB_4);
+    let server =
+        Server::builder(&identity).grant(client, GRANT, store, Grant::Read).listen("127.0.0.1:0".parse::<SocketAddr>()?)?;
+    let answer = json!({ "address": server.local_addr().to_string(), "id": identity.peer_id().to_string() });
+    servers.push(server);
+    Ok(answer)
+}
+
+/// A connection to the server, with a pager.
+pub struct Ferry {
+    pub peer: Peer,
+    pub pager: Pager,
+    runtime: Runtime,
+    store: Arc<dyn PageStore>,
+}
+
+impl Ferry {
+    pub fn connect(server: &mut server::Server, options: Options) -> Result<Ferry> {
+        let identity = Identity::generate()?;
+        let listening = server.listen("quic", json!({ "client": identity.peer_id().to_string(), "mtu": options.mtu() }))?;
+        let address: SocketAddr = field(&listening, "address", Value::as_str)?.parse()?;
+        let id: PeerId = field(&listening, "id", Value::as_str)?.parse()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+
+        let peer = runtime.block_on(Peer::connect(address, id, &identity))?;
+        let store = Arc::new(runtime.block_on(peer.open(GRANT))?);
+        Ok(Ferry { peer, pager: Pager::start(&PagerOptions::default())?, runtime, store })
+    }
+
+    /// A region filled from the server.
+    pub fn region(&self) -> RegionBuilder {
+        Region::builder().pager(&self.pager).shared_store(self.store.clone())
+    }
+
+    /// Brings all of a region in.
+    pub fn pull(&self, region: &Region) -> Result<()> {
+        Ok(self.runtime.block_on(region.pull())?)
+    }
+
+    /// What `plain_quinn` does before its clock starts: as many bytes, checked.
+    pub fn warm_up(&self, server: &server::Server) -> Result<()> {
+        let region = self.region().size(WARM_UP_BYTES).open()?;
+        self.pull(&region)?;
+        check(server, &region, 0..WARM_UP_BYTES / PAGE_BYTES)
+    }
+}
+
+/// Compares a region's pages with the server's.
+pub fn check(server: &server::Server, region: &Region, pages: impl IntoIterator<Item = u64>) -> Result<()> {
+    server.image().check(pages, |page, into| Ok(region.read_at(page * PAGE_BYTES, into)?))
+}
+
+/// The hops that only a peer can measure: request, wire, serve, reply.
+pub fn peer_hops(_peer: &Peer) -> Option<&Hops> {
+    None
+}
+
+/// Mean microseconds of the peer's hops, in the order of `HOP_KEYS` of bench `fault_latency`; zeros while nothing tells them.
+pub fn peer_hop_means_us(peer: &Peer) -> [f64; 4] {
+    let mean_us = |hops: &Hops, hop: Hop| hops.hop(hop).mean().as_nanos() as f64 / 1e3;
+    peer_hops(peer).map_or([0.0; 4], |hops| [Hop::Request, Hop::Wire, Hop::Serve, Hop::Reply].map(|hop| mean_us(hops, hop)))
+}

@@ -1,0 +1,118 @@
+//! How fast a region fills: in bare installs, by sequential touch, over plain quinn, and by a pull from a peer.
+//!
+//! Role: what bulk transfer reaches of what the kernel and QUIC can do here. Neighbours: `common`; benches/README.md says what each key
+//! is. Invariants: each case starts every round with an empty region and a new connection; bytes are checked after the clock has stopped.
+
+mod common;
+
+use common::{
+    MIB, PAGE_BYTES, Result,
+    args::Args,
+    measure::{Case, Measured, in_rounds, mb_s},
+    pages::Image,
+    plain_quinn::{ETHERNET_MTU, JUMBO_MTU, Options, download_mb_s},
+    raw::RawRegion,
+    server::{Content, Server},
+};
+use pageferry::{MemoryStore, PageSize, Pager, PagerOptions, Region};
+use std::{cell::RefCell, process::ExitCode, sync::atomic::Ordering::Relaxed, time::Instant};
+
+const SEED: u64 = 0x2;
+/// Odd, so that a median is a round's figure.
+const ROUNDS: usize = 5;
+
+fn main() -> ExitCode {
+    common::run("throughput", bench)
+}
+
+fn bench(args: &Args) -> Result<Measured> {
+    let bytes = args.bulk_bytes();
+    let image = Image::incompressible(bytes, SEED);
+    let source = image.bytes();
+    let store = MemoryStore::from_bytes(source.clone(), PageSize::KIB_4);
+    let server = RefCell::new(Server::start(Content::Incompressible, bytes, SEED)?);
+    let quinn = |options| Ok(vec![download_mb_s(&mut server.borrow_mut(), options, bytes)?]);
+    #[cfg(any())]
+    let vm_like = RefCell::new(Server::start(Content::VmLike, bytes, SEED)?);
+    #[allow(unused_mut, reason = "QUIC adds its own")]
+    let mut cases = vec![
+        Case::new(["copy_mb_s"], |_| Ok(vec![copy(&image, &source)?])),
+        Case::new(["store_seq_mb_s"], |_| Ok(vec![store_seq(&image, &store)?])),
+        Case::new(["quinn_stock_mb_s"], |_| quinn(Options::Stock)),
+        Case::new(["quinn_mb_s"], |_| quinn(Options::Tuned { mtu: ETHERNET_MTU })),
+        Case::new(["quinn_jumbo_mb_s"], |_| quinn(Options::Tuned { mtu: JUMBO_MTU })),
+    ];
+    #[cfg(any())]
+    cases.extend(pull::cases(&server, &vm_like));
+    let mut measured = in_rounds(args, ROUNDS, cases)?;
+    measured.notes.push(format!("{} MiB a case and round; MTU {ETHERNET_MTU}, jumbo {JUMBO_MTU}, loopback.", bytes / MIB));
+    measured.notes.push(format!("The VM-like image: {}.", Image::vm_like(bytes, SEED).describe()));
+    Ok(measured)
+}
+
+/// `UFFDIO_COPY` and nothing else, from a buffer that is there into a region that is not.
+fn copy(image: &Image, source: &[u8]) -> Result<f64> {
+    const STEP: usize = MIB as usize;
+    let region = RawRegion::new(source.len())?;
+    let start = Instant::now();
+    for (step, bytes) in source.chunks(STEP).enumerate() {
+        region.install(step * STEP, bytes)?;
+    }
+    let rate = mb_s(source.len() as u64, start);
+    image.check(0..image.pages(), |page, into| {
+        region.read((page * PAGE_BYTES) as usize, into);
+        Ok(())
+    })?;
+    Ok(rate)
+}
+
+/// A program that reads its memory from end to end.
+fn store_seq(image: &Image, store: &MemoryStore) -> Result<f64> {
+    let pager = Pager::start(&PagerOptions::default())?;
+    let region = Region::builder().store(store.clone()).pager(&pager).open()?;
+    let words = region.atomics_u64(0, region.len() / 8)?;
+    let start = Instant::now();
+    for page in 0..image.pages() {
+        let (at, wanted) = image.probe(page);
+        let got = words[(page * PAGE_BYTES / 8) as usize + at].load(Relaxed);
+        if got != wanted {
+            return Err(format!("page {page} gave {got:#x} for {wanted:#x} when touched").into());
+        }
+    }
+    let rate = mb_s(region.size_bytes(), start);
+    image.check(0..image.pages(), |page, into| Ok(region.read_at(page * PAGE_BYTES, into)?))?;
+    Ok(rate)
+}
+
+/// Background pulls over QUIC.
+#[cfg(any())]
+mod pull {
+    use super::{Case, ETHERNET_MTU, Instant, JUMBO_MTU, Options, RefCell, Result, Server, mb_s};
+    use crate::common::{
+        quic::{Ferry, check},
+        raw,
+    };
+
+    pub(crate) fn cases<'a>(server: &'a RefCell<Server>, vm_like: &'a RefCell<Server>) -> [Case<'a>; 3] {
+        let [ethernet, jumbo] = [ETHERNET_MTU, JUMBO_MTU].map(|mtu| Options::Tuned { mtu });
+        [
+            Case::new(["pull_mb_s", "pull_cpu_s_gib"], move |_| Ok(pull(&mut server.borrow_mut(), ethernet)?.to_vec())),
+            Case::new(["pull_jumbo_mb_s"], move |_| Ok(pull(&mut server.borrow_mut(), jumbo)?[..1].to_vec())),
+            Case::new(["pull_vmlike_mb_s"], move |_| Ok(pull(&mut vm_like.borrow_mut(), ethernet)?[..1].to_vec())),
+        ]
+    }
+
+    /// Megabytes a second until all is resident, and CPU seconds of both processes a GiB.
+    fn pull(server: &mut Server, options: Options) -> Result<[f64; 2]> {
+        let ferry = Ferry::connect(server, options)?;
+        ferry.warm_up(server)?;
+        let region = ferry.region().open()?;
+        let cpu_before_s = raw::cpu_s() + server.cpu_s()?;
+        let start = Instant::now();
+        ferry.pull(&region)?;
+        let rate = mb_s(region.size_bytes(), start);
+        let cpu_s = raw::cpu_s() + server.cpu_s()? - cpu_before_s;
+        check(server, &region, region.extent().pages())?;
+        Ok([rate, cpu_s / (region.size_bytes() as f64 / f64::from(1 << 30))])
+    }
+}
