@@ -362,21 +362,21 @@ async fn encode_step(store: &dyn PageStore, sent: &Sent, extent: Extent, compres
         runs.extend(store.read(part).await?);
     }
     let page = store.page_size();
+    let parts: Vec<(bool, Run)> = runs.into_iter().flat_map(|run| kinds_of(run, page)).collect();
+    // Sorting the pages is quick, compressing is not.
+    let compress = compress && parts.iter().any(|(shrinks, _)| *shrinks);
     let encode = move || -> Result<Vec<EncodedRun>, WireError> {
-        let parts = runs.into_iter().flat_map(|run| kinds_of(run, page)).flat_map(|run| split(run, MAX_RUN_BYTES.into()));
+        let parts = parts.into_iter().flat_map(|(shrinks, run)| split(run, MAX_RUN_BYTES.into()).into_iter().map(move |run| (shrinks, run)));
         parts
-            .map(|run| {
-                let (encoding, bytes) = encode_run(run.content, compress);
+            .map(|(shrinks, run)| {
+                let (encoding, bytes) = encode_run(run.content, compress && shrinks);
                 EncodedRun::new(run.extent, encoding, bytes)
             })
             .collect()
     };
-    let encoded = if compress {
-        tokio::task::spawn_blocking(encode).await.map_err(|_| Refusal(ErrorCode::StoreFailed, "encoding failed".into()))?
-    } else {
-        encode()
-    };
-    encoded.map_err(|error| Refusal(ErrorCode::StoreFailed, error.to_string()))
+    let failed = |error: String| Refusal(ErrorCode::StoreFailed, error);
+    let encoded = if compress { tokio::task::spawn_blocking(encode).await.map_err(|error| failed(error.to_string()))? } else { encode() };
+    encoded.map_err(|error| failed(error.to_string()))
 }
 
 /// Cuts a run into parts of at most `max_bytes`. Zeros cost nothing to carry and stay whole.

@@ -2,7 +2,7 @@
 //!
 //! Role: hop *fault*: reads messages of the kernel, keeps the address map, lets `core` decide and carries the decision out. Neighbours: `requests`
 //! asks stores and brings replies here; `install` puts pages in place; `region` joins and leaves. Invariants: messages are read and
-//! applied, and pages are installed, under one lock and on the service's thread, so that no install can fall between a
+//! applied, and pages are installed, under one lock, so that no install can fall between a
 //! removal being read and being known (S4); whatever panics, no descriptor closes while a page that should hold data is missing (S1).
 
 use super::{
@@ -10,6 +10,7 @@ use super::{
     core::{Core, Decision, Origin},
     gather::Gather,
     install::{Fill, Filled, fill},
+    installer::Installer,
     requests::Ask,
     residency::Residency,
     retry::Outage,
@@ -44,6 +45,7 @@ pub(crate) struct Engine {
     /// Something waits in `State::again`.
     settle: Arc<Notify>,
     pub(super) gather: Arc<Gather>,
+    pub(super) installer: Mutex<Option<Arc<Installer>>>,
 }
 
 impl Drop for Engine {
@@ -183,6 +185,7 @@ impl Engine {
             }),
             settle: Arc::new(Notify::new()),
             gather: Arc::default(),
+            installer: Mutex::default(),
         });
         let readable = {
             let _context = service.handle().enter();

@@ -8,6 +8,7 @@ use super::{
     address_map::RegionId,
     core::Origin,
     engine::{Engine, Owned},
+    installer::Installer,
     retry::Next,
 };
 use crate::{Content, Extent, Hop, Loss, OnLoss, PageStore, RegionError, RegionEvent, Run, StoreError, Verdict, stats::add};
@@ -15,7 +16,7 @@ use std::{
     future::Future,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
-    sync::{Arc, Weak},
+    sync::{Arc, PoisonError, Weak},
     task::{Context, Waker},
     time::{Duration, Instant},
 };
@@ -298,6 +299,20 @@ async fn pull_once(
     store: &Arc<dyn PageStore>,
     missing: Vec<Extent>,
 ) -> Result<Result<u64, StoreError>, RegionError> {
+    let installer = engine.upgrade().ok_or(RegionError::PagerStopped)?.installer()?;
+    let outcome = stream_in(engine, id, store, missing, &installer).await;
+    // What came is here before anybody asks what is still missing.
+    installer.settled().await?;
+    outcome
+}
+
+async fn stream_in(
+    engine: &Weak<Engine>,
+    id: RegionId,
+    store: &Arc<dyn PageStore>,
+    missing: Vec<Extent>,
+    installer: &Installer,
+) -> Result<Result<u64, StoreError>, RegionError> {
     let mut pages = 0;
     let mut pull = match store.pull(missing).await {
         Ok(pull) => pull,
@@ -309,32 +324,42 @@ async fn pull_once(
             Ok(None) => return Ok(Ok(pages)),
             Err(error) => return Ok(Err(error)),
         };
-        let engine = engine.upgrade().ok_or(RegionError::PagerStopped)?;
         pages += run.extent.count();
-        if let Err(error) = engine.pulled(id, run)? {
+        let strong = engine.upgrade().ok_or(RegionError::PagerStopped)?;
+        let within = strong.with_entry(id, |entry| entry.residency().extent()).ok_or(RegionError::PagerStopped)?;
+        if let Err(error) = check_run(&run, within, strong.page) {
             return Ok(Err(error));
         }
+        drop(strong);
+        installer.install(id, run).await?;
         // A fault that came meanwhile goes first.
         tokio::task::yield_now().await;
     }
 }
 
 impl Engine {
-    fn pulled(&self, id: RegionId, run: Run) -> Result<Result<(), StoreError>, RegionError> {
+    /// The thread that installs what pulls bring, started with the first.
+    fn installer(&self) -> Result<Arc<Installer>, RegionError> {
+        let mut slot = self.installer.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(installer) = &*slot {
+            return Ok(installer.clone());
+        }
+        let installer = Installer::start(self.me.clone()).map_err(|error| RegionError::system("starting a thread", error))?;
+        Ok(slot.insert(Arc::new(installer)).clone())
+    }
+
+    pub(super) fn install_pulled(&self, id: RegionId, run: &Run) {
         let mut guard = self.lock();
         let state = &mut *guard;
-        let entry = state.regions.get_mut(&id).ok_or(RegionError::PagerStopped)?;
-        if let Err(error) = check_run(&run, entry.core.residency().extent(), self.page) {
-            return Ok(Err(error));
-        }
+        let Some(entry) = state.regions.get_mut(&id) else { return };
         entry.answered_by_store();
         let wanted = entry.core.arrived(run.extent, Origin::Pull);
         let wanted_pages: u64 = wanted.iter().map(|extent| extent.count()).sum();
         add(&entry.counters.pages_stale, run.extent.count() - wanted_pages);
         let changed = entry.changed.clone();
-        self.install_parts(state, id, &run, wanted, Origin::Pull);
+        self.install_parts(state, id, run, wanted, Origin::Pull);
+        drop(guard);
         changed.notify_waiters();
-        Ok(Ok(()))
     }
 }
 
