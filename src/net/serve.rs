@@ -45,8 +45,8 @@ struct Open {
 const REGIONS_MAX: usize = 4096;
 /// Pages one READ may ask for, in bytes.
 const READ_MAX_BYTES: u64 = 16 << 20;
-/// A bulk read keeps at least this much on the way, and at most twice what the congestion window lets out: more would only sit in this process's
-/// memory, in front of nobody.
+/// A bulk read keeps at least this much on the way, and more by what the path is seen to hold. Not by much more: what is ahead sits in this process's send buffer,
+/// where quinn looks for each packet's bytes from the front, and by then out of the cache.
 const PULL_AHEAD_MIN_BYTES: u64 = 2 << 20;
 
 /// A bit a page.
@@ -401,7 +401,36 @@ struct Credit {
     total: tokio::sync::watch::Receiver<u64>,
     window_bytes: u64,
     sent_bytes: u64,
+    pace: Pace,
 }
+
+/// How fast the client uses what is sent, by its credit.
+struct Pace {
+    since: Instant,
+    used_bytes: u64,
+    bytes_s: u64,
+}
+
+impl Pace {
+    /// What twice the path holds at this pace: enough to keep it full and to find out whether it takes more.
+    fn ahead_bytes(&mut self, used_bytes: u64, round_trip: Duration) -> u64 {
+        // A shorter look would count bursts, a longer one would miss that the pace changed.
+        let look = round_trip + PACE_LOOK;
+        let elapsed = self.since.elapsed();
+        if elapsed >= look {
+            let bytes = u128::from(used_bytes.saturating_sub(self.used_bytes));
+            let now = u64::try_from(bytes * 1_000_000 / elapsed.as_micros().max(1)).unwrap_or(u64::MAX);
+            // Falls slowly: a pause of the client says nothing about the path.
+            self.bytes_s = now.max(self.bytes_s / 4 * 3);
+            (self.since, self.used_bytes) = (Instant::now(), used_bytes);
+        }
+        let path = u128::from(self.bytes_s) * look.as_micros() / 1_000_000;
+        u64::try_from(path * 2).unwrap_or(u64::MAX)
+    }
+}
+
+/// Credit comes in steps, and its thread may be late by this much.
+const PACE_LOOK: Duration = Duration::from_millis(1);
 
 impl Credit {
     /// Reads CREDIT frames until the stream ends.
@@ -414,7 +443,8 @@ impl Credit {
                 }
             }
         });
-        Credit { connection, total, window_bytes: credit_bytes, sent_bytes: 0 }
+        let pace = Pace { since: Instant::now(), used_bytes: 0, bytes_s: 0 };
+        Credit { connection, total, window_bytes: credit_bytes, sent_bytes: 0, pace }
     }
 
     /// Waits until `bytes` more may be sent.
@@ -423,24 +453,20 @@ impl Credit {
             let total = *self.total.borrow_and_update();
             // What the client has used up, by its own word.
             let used_bytes = total.saturating_sub(self.window_bytes);
-            let path_bytes = self.connection.stats().path.cwnd.saturating_mul(2);
-            let limit = path_bytes.max(PULL_AHEAD_MIN_BYTES).min(self.window_bytes);
+            let ahead_bytes = self.pace.ahead_bytes(used_bytes, self.connection.min_rtt());
+            let limit = (PULL_AHEAD_MIN_BYTES + ahead_bytes).min(self.window_bytes);
             let ahead = self.sent_bytes.saturating_sub(used_bytes);
             // A run longer than the whole credit goes alone.
             if ahead == 0 || ahead + bytes <= limit {
                 self.sent_bytes += bytes;
                 return Ok(());
             }
-            let more = tokio::time::timeout(CWND_LOOK, self.total.changed()).await;
-            if matches!(more, Ok(Err(_))) {
+            if self.total.changed().await.is_err() {
                 return Err(StreamError::Ended("the client left the bulk read".into()));
             }
         }
     }
 }
-
-/// How often the congestion window is looked at while waiting for credit: it grows without telling.
-const CWND_LOOK: Duration = Duration::from_millis(20);
 
 fn failed(code: ErrorCode, message: &str) -> Frame {
     Frame::Failed { code, message: Message::cut(message) }
