@@ -54,9 +54,7 @@ fn bench(args: &Args) -> Result<Measured> {
     let store = MemoryStore::from_bytes(source.clone(), PageSize::KIB_4);
     let ping_pong = PingPong::start(REGION_BYTES, SEED)?;
     let order = |round: u64| random_order(image.pages(), touches, SEED + round);
-    #[cfg(any())]
     let quic = quic::Quic::start(REGION_BYTES, SEED)?;
-    #[allow(unused_mut, reason = "QUIC adds its own")]
     let mut cases = vec![
         Case::new(RAW, |round| raw(&image, &source, &order(round))),
         Case::new(UDP, |round| Ok(ping_pong.fetch(&image, &order(round))?.p50_p99_us().to_vec())),
@@ -67,7 +65,6 @@ fn bench(args: &Args) -> Result<Measured> {
             Ok([&times.p50_p99_us()[..], &region_hops(&region, &times)?].concat())
         }),
     ];
-    #[cfg(any())]
     cases.extend(quic.cases(&order));
     let mut measured = in_rounds(args, ROUNDS, cases)?;
     measured.notes.push(format!(
@@ -151,11 +148,10 @@ fn region_hops(region: &Region, times: &Times) -> Result<[f64; 6]> {
 }
 
 /// The same over QUIC, from one thread and from eight.
-#[cfg(any())]
 mod quic {
     use super::{Case, FaultAround, Image, Region, Result, region_hops, touch, touch_region};
     use crate::common::{
-        plain_quinn::{ETHERNET_MTU, Options},
+        plain_quinn::{JUMBO_MTU, Options},
         quic::{Ferry, check, peer_hop_means_us},
         server::{Content, Server},
     };
@@ -219,7 +215,7 @@ mod quic {
         }
 
         fn region(&self) -> Result<(Ferry, Region)> {
-            let ferry = Ferry::connect(&mut self.server.borrow_mut(), Options::Tuned { mtu: ETHERNET_MTU })?;
+            let ferry = Ferry::connect(&mut self.server.borrow_mut(), Options::Tuned { mtu: JUMBO_MTU })?;
             let region = ferry.region().fault_around(FaultAround::OFF).open()?;
             Ok((ferry, region))
         }

@@ -32,9 +32,7 @@ fn bench(args: &Args) -> Result<Measured> {
     let store = MemoryStore::from_bytes(source.clone(), PageSize::KIB_4);
     let server = RefCell::new(Server::start(Content::Incompressible, bytes, SEED)?);
     let quinn = |options| Ok(vec![download_mb_s(&mut server.borrow_mut(), options, bytes)?]);
-    #[cfg(any())]
     let vm_like = RefCell::new(Server::start(Content::VmLike, bytes, SEED)?);
-    #[allow(unused_mut, reason = "QUIC adds its own")]
     let mut cases = vec![
         Case::new(["copy_mb_s"], |_| Ok(vec![copy(&image, &source)?])),
         Case::new(["store_seq_mb_s"], |_| Ok(vec![store_seq(&image, &store)?])),
@@ -42,7 +40,6 @@ fn bench(args: &Args) -> Result<Measured> {
         Case::new(["quinn_mb_s"], |_| quinn(Options::Tuned { mtu: ETHERNET_MTU })),
         Case::new(["quinn_jumbo_mb_s"], |_| quinn(Options::Tuned { mtu: JUMBO_MTU })),
     ];
-    #[cfg(any())]
     cases.extend(pull::cases(&server, &vm_like));
     let mut measured = in_rounds(args, ROUNDS, cases)?;
     measured.notes.push(format!("{} MiB a case and round; MTU {ETHERNET_MTU}, jumbo {JUMBO_MTU}, loopback.", bytes / MIB));
@@ -85,7 +82,6 @@ fn store_seq(image: &Image, store: &MemoryStore) -> Result<f64> {
 }
 
 /// Background pulls over QUIC.
-#[cfg(any())]
 mod pull {
     use super::{Case, ETHERNET_MTU, Instant, JUMBO_MTU, Options, RefCell, Result, Server, mb_s};
     use crate::common::{

@@ -131,6 +131,10 @@ impl Polling {
         Polling { budget, start: Instant::now(), until_ns: AtomicU64::new(0), more: Notify::new() }
     }
 
+    pub(crate) fn enabled(&self) -> bool {
+        !self.budget.is_zero()
+    }
+
     /// An event is expected within the budget: poll for it.
     pub(crate) fn expect(&self) {
         if self.budget.is_zero() {
@@ -153,11 +157,13 @@ impl Polling {
         u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
-    /// Each yield lets every ready task run and then asks the kernel for events without waiting.
+    /// Each turn offers the core to threads that want it (more than the cores when many fault at once), lets every ready task run and then asks the
+    /// kernel for events without waiting.
     async fn run(&self) {
         loop {
             self.more.notified().await;
             while self.now_ns() < self.until_ns.load(Relaxed) {
+                std::thread::yield_now();
                 tokio::task::yield_now().await;
             }
         }

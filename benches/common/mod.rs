@@ -11,7 +11,6 @@ pub mod goals;
 pub mod measure;
 pub mod pages;
 pub mod plain_quinn;
-#[cfg(any())]
 pub mod quic;
 pub mod raw;
 pub mod results;

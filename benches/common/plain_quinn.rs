@@ -6,19 +6,15 @@
 
 use super::{MIB, PAGE_BYTES, Result, far_end::field, measure::mb_s, server::Server};
 use bytes::Bytes;
+use pageferry::TransportOptions;
 use quinn::{
-    AsyncUdpSocket, ClientConfig, Connection, Endpoint, EndpointConfig, MtuDiscoveryConfig, RecvStream, Runtime, SendStream,
-    ServerConfig, TokioRuntime, TransportConfig, UdpPoller, VarInt,
-    udp::{RecvMeta, Transmit},
+    ClientConfig, Connection, Endpoint, EndpointConfig, RecvStream, SendStream, ServerConfig, TokioRuntime, TransportConfig, VarInt,
 };
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 use serde_json::{Value, json};
 use std::{
-    io::{self, IoSliceMut},
     net::{Ipv4Addr, SocketAddr, UdpSocket},
-    pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
     time::Instant,
 };
 
@@ -41,8 +37,6 @@ pub const WARM_UP_BYTES: u64 = 16 * MIB;
 const WARM_UPS: usize = 8;
 
 const STEP_BYTES: usize = MIB as usize;
-const SOCKET_BUFFER_BYTES: usize = 4 * MIB as usize;
-const WINDOW_BYTES: u32 = 16 * MIB as u32;
 
 impl Options {
     pub fn mtu(self) -> u16 {
@@ -66,71 +60,17 @@ impl Options {
         }
     }
 
-    /// These must be those of pageferry's endpoint, or the baseline is another's.
-    fn transport(self) -> Arc<TransportConfig> {
-        let mut transport = TransportConfig::default();
-        if let Options::Tuned { mtu } = self {
-            let mut discovery = MtuDiscoveryConfig::default();
-            discovery.upper_bound(mtu);
-            transport.mtu_discovery_config(Some(discovery));
-            transport.stream_receive_window(VarInt::from_u32(WINDOW_BYTES));
-            transport.send_window(u64::from(WINDOW_BYTES));
-        }
-        Arc::new(transport)
-    }
-
-    fn endpoint(self, server: Option<ServerConfig>) -> Result<Endpoint> {
-        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let mut config = EndpointConfig::default();
-        if let Options::Tuned { mtu } = self {
-            let buffers = socket2::SockRef::from(&socket);
-            buffers.set_recv_buffer_size(SOCKET_BUFFER_BYTES)?;
-            buffers.set_send_buffer_size(SOCKET_BUFFER_BYTES)?;
-            config.max_udp_payload_size(mtu)?;
-        }
-        let runtime = Arc::new(TokioRuntime);
-        let socket = Arc::new(WholeBatches { socket: runtime.wrap_udp_socket(socket)?, mtu: self.mtu() });
-        Ok(Endpoint::new_with_abstract_socket(config, server, socket, runtime)?)
-    }
-}
-
-/// A socket that takes no more datagrams at a time than the kernel does.
-///
-/// quinn packs ten into one call, the kernel refuses more than 64 KiB, and quinn-udp drops the refused batch without a word: above
-/// an MTU of 6550 every full batch is lost.
-#[derive(Debug)]
-struct WholeBatches {
-    socket: Arc<dyn AsyncUdpSocket>,
-    mtu: u16,
-}
-
-impl AsyncUdpSocket for WholeBatches {
-    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        self.socket.clone().create_io_poller()
-    }
-
-    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.socket.try_send(transmit)
-    }
-
-    fn poll_recv(&self, cx: &mut Context<'_>, into: &mut [IoSliceMut<'_>], meta: &mut [RecvMeta]) -> Poll<io::Result<usize>> {
-        self.socket.poll_recv(cx, into, meta)
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.socket.local_addr()
-    }
-
-    fn max_transmit_segments(&self) -> usize {
-        self.socket.max_transmit_segments().min(65_000 / usize::from(self.mtu)).max(1)
-    }
-
-    fn max_receive_segments(&self) -> usize {
-        self.socket.max_receive_segments()
-    }
-
-    fn may_fragment(&self) -> bool {
-        self.socket.may_fragment()
+    /// An endpoint, and the transport options of its connections: quinn's own, or just those of pageferry's peers.
+    fn endpoint(self, server: Option<ServerConfig>) -> Result<(Endpoint, TransportConfig)> {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let Options::Tuned { mtu } = self else {
+            let socket = UdpSocket::bind(address)?;
+            let endpoint = Endpoint::new(EndpointConfig::default(), server, socket, Arc::new(TokioRuntime))?;
+            return Ok((endpoint, TransportConfig::default()));
+        };
+        let mut options = TransportOptions::default();
+        options.mtu_max_bytes = mtu;
+        Ok(options.baseline(address, server)?)
     }
 }
 
@@ -140,12 +80,11 @@ pub fn listen(pages: Bytes, question: &Value) -> Result<Value> {
     let key = rcgen::generate_simple_self_signed(["localhost".to_owned()])?;
     let certificate = key.cert.der().clone();
     let private = PrivatePkcs8KeyDer::from(key.signing_key.serialize_der());
-    let mut config = ServerConfig::with_single_cert(vec![certificate.clone()], private.into())?;
-    config.transport_config(options.transport());
+    let config = ServerConfig::with_single_cert(vec![certificate.clone()], private.into())?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let endpoint = {
         let _runtime = runtime.enter();
-        options.endpoint(Some(config))?
+        options.endpoint(Some(config))?.0
     };
     let address = endpoint.local_addr()?.to_string();
     std::thread::spawn(move || {
@@ -187,10 +126,10 @@ pub fn download_mb_s(server: &mut Server, options: Options, bytes: u64) -> Resul
     let mut roots = rustls::RootCertStore::empty();
     roots.add(CertificateDer::from(certificate))?;
     let mut config = ClientConfig::with_root_certificates(Arc::new(roots))?;
-    config.transport_config(options.transport());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let endpoint = options.endpoint(None)?;
+        let (endpoint, transport) = options.endpoint(None)?;
+        config.transport_config(Arc::new(transport));
         let connection = endpoint.connect_with(config, address, "localhost")?.await?;
         let mut buffer = vec![0; STEP_BYTES];
         warm_up(&connection, server, options, &mut buffer).await?;

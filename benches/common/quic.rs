@@ -11,7 +11,8 @@ use super::{
 };
 use bytes::Bytes;
 use pageferry::{
-    Grant, Hop, Hops, Identity, MemoryStore, PageSize, PageStore, Pager, PagerOptions, Peer, PeerId, Region, RegionBuilder, Server,
+    Grant, Hop, Identity, MemoryStore, PageSize, PageStore, Pager, PagerOptions, Peer, PeerId, Region, RegionBuilder, Server,
+    TransportOptions, Trust,
 };
 use serde_json::{Value, json};
 use std::{net::SocketAddr, sync::Arc};
@@ -23,10 +24,10 @@ const GRANT: &str = "bench";
 pub fn listen(pages: Bytes, question: &Value, servers: &mut Vec<Server>) -> Result<Value> {
     let identity = Identity::generate()?;
     let client: PeerId = field(question, "client", Value::as_str)?.parse()?;
-    let _mtu = field(question, "mtu", Value::as_u64)?;
+    let mtu = u16::try_from(field(question, "mtu", Value::as_u64)?)?;
     let store = MemoryStore::from_bytes(pages, PageSize::KIB_4);
-    let server =
-        Server::builder(&identity).grant(client, GRANT, store, Grant::Read).listen("127.0.0.1:0".parse::<SocketAddr>()?)?;
+    let server = Server::builder(&identity).grant(client, GRANT, store, Grant::Read).transport(transport(mtu));
+    let server = server.listen("127.0.0.1:0".parse::<SocketAddr>()?)?;
     let answer = json!({ "address": server.local_addr().to_string(), "id": identity.peer_id().to_string() });
     servers.push(server);
     Ok(answer)
@@ -48,9 +49,11 @@ impl Ferry {
         let id: PeerId = field(&listening, "id", Value::as_str)?.parse()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
 
-        let peer = runtime.block_on(Peer::connect(address, id, &identity))?;
+        let pager = Pager::start(&PagerOptions::default())?;
+        let peer = Peer::builder(address, Trust::ids([id]), &identity).transport(transport(options.mtu())).service(pager.service());
+        let peer = runtime.block_on(peer.connect())?;
         let store = Arc::new(runtime.block_on(peer.open(GRANT))?);
-        Ok(Ferry { peer, pager: Pager::start(&PagerOptions::default())?, runtime, store })
+        Ok(Ferry { peer, pager, runtime, store })
     }
 
     /// A region filled from the server.
@@ -76,13 +79,14 @@ pub fn check(server: &server::Server, region: &Region, pages: impl IntoIterator<
     server.image().check(pages, |page, into| Ok(region.read_at(page * PAGE_BYTES, into)?))
 }
 
-/// The hops that only a peer can measure: request, wire, serve, reply.
-pub fn peer_hops(_peer: &Peer) -> Option<&Hops> {
-    None
+/// Mean microseconds of the hops that only a peer can measure, in the order of `HOP_KEYS` of bench `fault_latency`.
+pub fn peer_hop_means_us(peer: &Peer) -> [f64; 4] {
+    [Hop::Request, Hop::Wire, Hop::Serve, Hop::Reply].map(|hop| peer.hops().hop(hop).mean().as_nanos() as f64 / 1e3)
 }
 
-/// Mean microseconds of the peer's hops, in the order of `HOP_KEYS` of bench `fault_latency`; zeros while nothing tells them.
-pub fn peer_hop_means_us(peer: &Peer) -> [f64; 4] {
-    let mean_us = |hops: &Hops, hop: Hop| hops.hop(hop).mean().as_nanos() as f64 / 1e3;
-    peer_hops(peer).map_or([0.0; 4], |hops| [Hop::Request, Hop::Wire, Hop::Serve, Hop::Reply].map(|hop| mean_us(hops, hop)))
+/// Default options but for the MTU.
+fn transport(mtu: u16) -> TransportOptions {
+    let mut options = TransportOptions::default();
+    options.mtu_max_bytes = mtu;
+    options
 }

@@ -63,7 +63,6 @@ impl Server {
 /// The far end.
 pub fn far_end() -> Result<()> {
     let mut pages = bytes::Bytes::new();
-    #[cfg(any())]
     let mut peers = Vec::new();
     answer(|ask, question| match ask {
         "fill" => {
@@ -72,7 +71,6 @@ pub fn far_end() -> Result<()> {
             Ok(json!({ "bytes": pages.len() }))
         }
         "quinn" => plain_quinn::listen(pages.clone(), question),
-        #[cfg(any())]
         "quic" => super::quic::listen(pages.clone(), question, &mut peers),
         other => Err(format!("a server cannot '{other}'").into()),
     })

@@ -119,6 +119,21 @@ impl TransportOptions {
         Ok(())
     }
 
+    /// What pageferry's own endpoints are, for a baseline that must differ from them in nothing but what it carries. Inside a runtime.
+    #[doc(hidden)]
+    pub fn baseline(
+        &self,
+        address: SocketAddr,
+        server: Option<quinn::ServerConfig>,
+    ) -> Result<(quinn::Endpoint, TransportConfig), NetError> {
+        let runtime = PrivateRuntime { handle: tokio::runtime::Handle::current() };
+        let (config, mut server) = (self.quinn()?, server);
+        if let Some(server) = &mut server {
+            server.transport_config(Arc::new(self.quinn()?));
+        }
+        Ok((self.endpoint(address, server, &runtime)?, config))
+    }
+
     /// The same for quinn.
     pub(super) fn quinn(&self) -> Result<TransportConfig, NetError> {
         self.check()?;

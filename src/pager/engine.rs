@@ -8,6 +8,7 @@
 use super::{
     address_map::{AddressMap, RegionId, Segment},
     core::{Core, Decision, Origin},
+    gather::Gather,
     install::{Fill, Filled, fill},
     requests::Ask,
     residency::Residency,
@@ -42,12 +43,14 @@ pub(crate) struct Engine {
     state: Mutex<State>,
     /// Something waits in `State::again`.
     settle: Arc<Notify>,
+    pub(super) gather: Arc<Gather>,
 }
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        // Lets the settling task see that the engine is gone.
+        // Lets these tasks see that the engine is gone.
         self.settle.notify_one();
+        self.gather.more.notify_one();
     }
 }
 
@@ -179,6 +182,7 @@ impl Engine {
                 broken: false,
             }),
             settle: Arc::new(Notify::new()),
+            gather: Arc::default(),
         });
         let readable = {
             let _context = service.handle().enter();
@@ -186,6 +190,7 @@ impl Engine {
         };
         service.spawn(read_messages(engine.me.clone(), readable, stop));
         service.spawn(settle(engine.me.clone(), engine.settle.clone()));
+        service.spawn(super::gather::run(engine.me.clone(), engine.gather.clone()));
         Ok(engine)
     }
 
@@ -254,9 +259,7 @@ impl Engine {
                 }
             }
         }
-        for ask in asks {
-            self.request(ask);
-        }
+        self.request_or_gather(asks);
         Ok(())
     }
 

@@ -46,6 +46,7 @@ impl Engine {
     pub(super) fn request(&self, ask: Ask) {
         if ask.origin == Origin::Demand {
             self.service.polling().expect();
+            self.gather.sent();
         }
         let mut future: Pin<Box<dyn Future<Output = ()> + Send>> =
             Box::pin(Outstanding { engine: self.me.clone(), ask, over: false }.run());
@@ -402,7 +403,7 @@ impl Outstanding {
             };
             match after {
                 After::Done => {
-                    self.over = true;
+                    self.end();
                     return;
                 }
                 After::Retry { wait, store } => {
@@ -415,11 +416,23 @@ impl Outstanding {
     }
 }
 
+impl Outstanding {
+    fn end(&mut self) {
+        self.over = true;
+        if self.ask.origin == Origin::Demand
+            && let Some(engine) = self.engine.upgrade()
+        {
+            engine.demand_answered();
+        }
+    }
+}
+
 impl Drop for Outstanding {
     fn drop(&mut self) {
         if self.over {
             return;
         }
+        self.end();
         let Some(engine) = self.engine.upgrade() else { return };
         let error = StoreError::Protocol("the store panicked while it read".into());
         // `KeepTrying` and `Fallback` would need a new task, and this may be the end of the runtime: only poison is sure.
