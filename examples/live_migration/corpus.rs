@@ -2,25 +2,28 @@
 //!
 //! Role: gives the builder real documents until it is full: text files first, then what is printable in the other files, as
 //! strings(1) shows it. Neighbours: `source` reads from the channel. Invariants: never follows a symbolic link; reads only
-//! directories of published software, none that may hold secrets; a file that cannot be read is skipped; memory is bounded by the
-//! channel.
+//! directories of published software, none that may hold secrets; a file that cannot be read is skipped; memory and descriptors are
+//! bounded by the channels.
 
 use crate::build::MAX_TEXT_BYTES;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use std::{
     env,
     fs::{self, File},
-    io::Read,
+    io::{self, Read},
     path::{Path, PathBuf},
     sync::mpsc::{Receiver, SendError, SyncSender, sync_channel},
     thread,
 };
 
-/// Documents read ahead of the builder.
+/// Documents, and files, read ahead of the builder.
 const AHEAD: usize = 64;
+/// What the disk is asked for of each file ahead: all of most files. The kernel's own readahead brings the rest.
+const AHEAD_BYTES: i64 = 64 << 10;
 /// More of one file would make the load about that file.
 const MAX_FILE_BYTES: u64 = 64 << 20;
 /// Decides between text and binary, as git and grep do.
-const LOOKED_AT_BYTES: usize = 8192;
+const LOOKED_AT_BYTES: u64 = 8192;
 /// A shorter printable run is likely chance: of random bytes, as in compressed files, 1 position in 2700 starts a run of 8.
 const MIN_STRING_BYTES: usize = 8;
 
@@ -47,41 +50,38 @@ pub fn roots() -> Vec<PathBuf> {
     roots
 }
 
-/// Starts a thread that reads the files under `roots`. It ends when the receiver is dropped.
+/// Starts threads that read the files under `roots`. They end when the receiver is dropped.
 ///
 /// # Errors
 /// When no thread can be started.
-pub fn read(roots: Vec<PathBuf>) -> std::io::Result<Receiver<Document>> {
+pub fn read(roots: Vec<PathBuf>) -> io::Result<Receiver<Document>> {
+    let (opened, files) = sync_channel(AHEAD);
     let (documents, receiver) = sync_channel(AHEAD);
+    // An error of a thread only says that nobody wants more.
+    let opener =
+        move || roots.iter().try_for_each(|root| walk(root, &mut |path| open(path).map_or(Ok(()), |file| opened.send(file))));
     let reader = move || {
         let mut binaries = Vec::new();
-        let texts = roots.iter().try_for_each(|root| {
-            walk(root, &mut |path| match read_file(path) {
-                Some(bytes) if is_text(&bytes) => send_pieces(&documents, path, &bytes),
-                Some(_) => {
-                    binaries.push(path.to_owned());
-                    Ok(())
-                }
-                None => Ok(()),
-            })
-        });
-        let strings = texts.and_then(|()| {
-            binaries.iter().try_for_each(|path| {
-                let text = read_file(path).map(|bytes| printable(&bytes)).unwrap_or_default();
-                send_pieces(&documents, path, &text)
-            })
-        });
-        // An error only says that nobody wants more.
-        drop(strings);
+        for (path, mut file) in files {
+            match read_text(&mut file) {
+                Ok(Some(text)) => send_pieces(&documents, &path, &text)?,
+                Ok(None) => binaries.push(path),
+                Err(_) => {}
+            }
+        }
+        binaries.iter().filter_map(|path| open(path)).try_for_each(|(path, file)| {
+            let mut bytes = Vec::new();
+            let read = file.take(MAX_FILE_BYTES).read_to_end(&mut bytes);
+            read.map_or(Ok(()), |_| send_pieces(&documents, &path, &printable(&bytes)))
+        })
     };
-    thread::Builder::new().name("corpus".into()).spawn(reader)?;
+    thread::Builder::new().name("corpus-open".into()).spawn(opener)?;
+    thread::Builder::new().name("corpus-read".into()).spawn(reader)?;
     Ok(receiver)
 }
 
-type Sent = Result<(), SendError<Document>>;
-
 /// Calls `visit` for each regular file under `root`, in the order of names.
-fn walk(root: &Path, visit: &mut impl FnMut(&Path) -> Sent) -> Sent {
+fn walk<E>(root: &Path, visit: &mut impl FnMut(&Path) -> Result<(), E>) -> Result<(), E> {
     let mut left = vec![root.to_owned()];
     while let Some(directory) = left.pop() {
         let mut entries: Vec<_> = fs::read_dir(&directory).into_iter().flatten().flatten().collect();
@@ -100,15 +100,27 @@ fn walk(root: &Path, visit: &mut impl FnMut(&Path) -> Sent) -> Sent {
     Ok(())
 }
 
-fn read_file(path: &Path) -> Option<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path).ok()?.take(MAX_FILE_BYTES).read_to_end(&mut bytes).ok()?;
-    Some(bytes)
+/// Opens a file and has the disk begin to read it: with one file after the other, the disk would be idle most of the time.
+fn open(path: &Path) -> Option<(PathBuf, File)> {
+    let file = File::open(path).ok()?;
+    // Only advice: a file system that does not take it reads later.
+    let _ = posix_fadvise(&file, 0, AHEAD_BYTES, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
+    Some((path.to_owned(), file))
+}
+
+/// All of a text; of a binary, for which it gives `None`, no more than the start is read.
+fn read_text(file: &mut File) -> io::Result<Option<Vec<u8>>> {
+    let mut text = Vec::new();
+    file.take(LOOKED_AT_BYTES).read_to_end(&mut text)?;
+    if !is_text(&text) {
+        return Ok(None);
+    }
+    file.take(MAX_FILE_BYTES - LOOKED_AT_BYTES).read_to_end(&mut text)?;
+    Ok(Some(text))
 }
 
 /// No zero byte and hardly a control character at its start. Encodings that extend ASCII pass.
-fn is_text(bytes: &[u8]) -> bool {
-    let start = &bytes[..bytes.len().min(LOOKED_AT_BYTES)];
+fn is_text(start: &[u8]) -> bool {
     let odd = start.iter().filter(|byte| byte.is_ascii_control() && !byte.is_ascii_whitespace()).count();
     !start.contains(&0) && odd * 100 <= start.len()
 }
@@ -120,7 +132,7 @@ fn printable(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// Cuts a text at line ends, or at blanks, into pieces a document can hold.
-fn send_pieces(to: &SyncSender<Document>, path: &Path, text: &[u8]) -> Sent {
+fn send_pieces(to: &SyncSender<Document>, path: &Path, text: &[u8]) -> Result<(), SendError<Document>> {
     let mut start = 0;
     while start < text.len() {
         let rest = &text[start..];
