@@ -10,7 +10,7 @@ use super::{
     core::{Core, Decision, Origin},
     gather::Gather,
     install::{Fill, Filled, fill},
-    requests::Ask,
+    requests::{Ask, Asks},
     residency::Residency,
     retry::Outage,
 };
@@ -40,6 +40,7 @@ pub(crate) struct Engine {
     pub(super) page: PageSize,
     pub(super) options: PagerOptions,
     pub(super) me: Weak<Engine>,
+    pub(super) asks: Asks,
     state: Mutex<State>,
     /// Something waits in `State::again`.
     settle: Arc<Notify>,
@@ -173,6 +174,7 @@ impl Engine {
             page,
             options,
             me: me.clone(),
+            asks: Asks::default(),
             state: Mutex::new(State {
                 map: AddressMap::new(page),
                 regions: HashMap::new(),

@@ -12,10 +12,11 @@ use super::{
 };
 use crate::{Content, Extent, Hop, Loss, OnLoss, PageStore, RegionError, RegionEvent, Run, StoreError, Verdict, stats::add};
 use std::{
+    collections::VecDeque,
     future::Future,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
-    sync::{Arc, Weak},
+    sync::{Arc, Mutex, PoisonError, Weak},
     task::{Context, Waker},
     time::{Duration, Instant},
 };
@@ -32,6 +33,33 @@ pub(super) struct Ask {
 /// A store that takes no longer has its pages in memory here: a wake-up alone takes about as long.
 const AT_ONCE: Duration = Duration::from_micros(10);
 
+/// Requests in the order in which they are to be made. A store that answers at once lets a waiting fault have its turn while its own
+/// request is being made; were that one made there and then, a thousand waiting faults would be as many frames of stack.
+#[derive(Default)]
+pub(super) struct Asks(Mutex<Queue>);
+
+#[derive(Default)]
+struct Queue {
+    asks: VecDeque<Ask>,
+    /// Somebody further up the stack makes them.
+    being_made: bool,
+}
+
+impl Asks {
+    /// Whether the caller must make requests until there are no more.
+    fn push(&self, ask: Ask) -> bool {
+        let mut queue = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.asks.push_back(ask);
+        !std::mem::replace(&mut queue.being_made, true)
+    }
+
+    fn pop(&self) -> Option<Ask> {
+        let mut queue = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.being_made = !queue.asks.is_empty();
+        queue.asks.pop_front()
+    }
+}
+
 /// What comes after a reply.
 enum After {
     Done,
@@ -44,17 +72,22 @@ impl Engine {
     /// The store is asked before anything else runs, and a store that has the pages at hand answers here and now: a task would only
     /// add a turn of the scheduler to the fault.
     pub(super) fn request(&self, ask: Ask) {
-        if ask.origin == Origin::Demand {
-            self.service.polling().expect();
-            self.gather.sent();
+        if !self.asks.push(ask) {
+            return;
         }
-        let mut future: Pin<Box<dyn Future<Output = ()> + Send>> =
-            Box::pin(Outstanding { engine: self.me.clone(), ask, over: false }.run());
-        let mut context = Context::from_waker(Waker::noop());
-        // A task polls it again at once, with its own waker.
-        let first = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(&mut context)));
-        if matches!(first, Ok(std::task::Poll::Pending)) {
-            self.service.spawn(future);
+        while let Some(ask) = self.asks.pop() {
+            if ask.origin == Origin::Demand {
+                self.service.polling().expect();
+                self.gather.sent();
+            }
+            let mut future: Pin<Box<dyn Future<Output = ()> + Send>> =
+                Box::pin(Outstanding { engine: self.me.clone(), ask, over: false }.run());
+            let mut context = Context::from_waker(Waker::noop());
+            // A task polls it again at once, with its own waker.
+            let first = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(&mut context)));
+            if matches!(first, Ok(std::task::Poll::Pending)) {
+                self.service.spawn(future);
+            }
         }
     }
 
