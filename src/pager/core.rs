@@ -109,8 +109,8 @@ impl Core {
         self.claim(within, room)
     }
 
-    /// A request for `extent` is over, whatever came of it. Pages of it still marked as asked are missing again. Returns the
-    /// faults that may be asked for now.
+    /// A request for `extent` is over, whatever came of it, and before what came is installed. Pages of it still marked as asked are missing
+    /// again. Returns the faults that may be asked for now.
     pub(crate) fn answered(&mut self, extent: Extent) -> Vec<u64> {
         self.residency.unask(extent);
         self.in_flight_pages = self.in_flight_pages.saturating_sub(extent.count());
@@ -135,7 +135,7 @@ impl Core {
         }
     }
 
-    /// The kernel put off installing pages that were wanted: they stay asked for until it takes them.
+    /// The kernel put off installing pages that were wanted: they count as asked for until it takes them, though no request brings them.
     pub(crate) fn postponed(&mut self, extent: Extent) {
         self.residency.ask(extent);
     }
@@ -211,6 +211,10 @@ mod tests {
         Fault(u64),
         /// The nth request in flight is answered with its pages.
         Reply(usize),
+        /// The same, but the kernel puts the install off.
+        PutOff(usize),
+        /// The nth install that was put off is tried again, and done.
+        Settle(usize),
         /// The nth request in flight fails and is asked for again.
         Fail(usize),
         Pulled(Extent),
@@ -224,6 +228,8 @@ mod tests {
         prop_oneof![
             6 => (0u64..24).prop_map(Event::Fault),
             6 => (0usize..8).prop_map(Event::Reply),
+            2 => (0usize..8).prop_map(Event::PutOff),
+            2 => (0usize..4).prop_map(Event::Settle),
             1 => (0usize..8).prop_map(Event::Fail),
             2 => extent().prop_map(Event::Pulled),
             2 => extent().prop_map(Event::Discard),
@@ -241,8 +247,9 @@ mod tests {
             let mut in_flight: Vec<Extent> = Vec::new();
             let (mut present, mut discarded, mut lost) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
             let mut blocked: BTreeSet<u64> = BTreeSet::new();
-            let mut answer_all = vec![Event::Reply(0); 200];
-            for event in events.into_iter().chain(answer_all.drain(..)) {
+            let mut put_off: Vec<Extent> = Vec::new();
+            let answer_all = [vec![Event::Reply(0); 200], vec![Event::Settle(0); 200]].concat();
+            for event in events.into_iter().chain(answer_all) {
                 match event {
                     Event::Fault(page) => {
                         blocked.insert(page);
@@ -261,17 +268,34 @@ mod tests {
                     Event::Populate(within) => in_flight.extend(core.want(within)),
                     Event::Reply(n) if n < in_flight.len() => {
                         let extent = in_flight.remove(n);
-                        for wanted in core.arrived(extent, Origin::Demand) {
+                        let arrived = core.arrived(extent, Origin::Demand);
+                        in_flight.extend(core.answered(extent).into_iter().map(Extent::page));
+                        for wanted in arrived {
                             for page in wanted.pages() {
                                 prop_assert!(!discarded.contains(&page) && present.insert(page), "page {} installed twice", page);
                                 blocked.remove(&page);
                             }
                             core.installed(wanted);
                         }
-                        in_flight.extend(core.answered(extent).into_iter().map(Extent::page));
                     }
+                    Event::PutOff(n) if n < in_flight.len() => {
+                        let extent = in_flight.remove(n);
+                        let arrived = core.arrived(extent, Origin::Demand);
+                        in_flight.extend(core.answered(extent).into_iter().map(Extent::page));
+                        for wanted in arrived {
+                            core.postponed(wanted);
+                            put_off.push(wanted);
+                        }
+                    }
+                    Event::Settle(n) if n < put_off.len() => for wanted in core.arrived(put_off.remove(n), Origin::Demand) {
+                        for page in wanted.pages() {
+                            prop_assert!(!discarded.contains(&page) && present.insert(page), "page {} installed twice", page);
+                            blocked.remove(&page);
+                        }
+                        core.installed(wanted);
+                    },
                     Event::Fail(n) if n < in_flight.len() => { /* tried again: it stays in flight */ }
-                    Event::Reply(_) | Event::Fail(_) => {}
+                    Event::Reply(_) | Event::PutOff(_) | Event::Settle(_) | Event::Fail(_) => {}
                     Event::Pulled(extent) => for wanted in core.arrived(extent, Origin::Pull) {
                         for page in wanted.pages() {
                             prop_assert!(!discarded.contains(&page) && present.insert(page));

@@ -112,15 +112,24 @@ impl Engine {
         let replied_at = Instant::now();
         let mut guard = self.lock();
         let state = &mut *guard;
+        let Some(entry) = state.regions.get_mut(&ask.region) else { return After::Done };
+        let mut installs = Vec::with_capacity(runs.len());
         for run in runs {
-            let Some(entry) = state.regions.get_mut(&ask.region) else { return After::Done };
             let wanted = entry.core.arrived(run.extent, ask.origin);
             let wanted_pages: u64 = wanted.iter().map(|extent| extent.count()).sum();
             add(&entry.counters.pages_stale, run.extent.count() - wanted_pages);
+            installs.push((run, wanted));
+        }
+        // Before the installs: pages that the kernel puts off count as asked for until it takes them, though their request is over.
+        let next = entry.core.answered(ask.extent);
+        entry.answered_by_store();
+        let (store, changed) = (entry.store.clone(), entry.changed.clone());
+        for (run, wanted) in installs {
             self.install_parts(state, ask.region, &run, wanted, ask.origin);
         }
-        let Some(entry) = state.regions.get_mut(&ask.region) else { return After::Done };
-        if ask.origin == Origin::Demand {
+        if ask.origin == Origin::Demand
+            && let Some(entry) = state.regions.get(&ask.region)
+        {
             // A store that answers at once will see the next fault of the same thread soon: keep polling. Where a peer was asked, the core
             // is better left to the thread that was woken.
             if replied_at - asked_at < AT_ONCE {
@@ -133,11 +142,8 @@ impl Engine {
             hops.hop(Hop::Store).record(replied_at - asked_at);
             hops.hop(Hop::Total).record(ask.read_at.elapsed());
         }
-        entry.answered_by_store();
-        let next = entry.core.answered(ask.extent);
-        let store = entry.store.clone();
-        entry.changed.notify_waiters();
         drop(guard);
+        changed.notify_waiters();
         self.request_faults(ask.region, &store, next);
         After::Done
     }
@@ -201,6 +207,7 @@ impl Engine {
         let mut guard = self.lock();
         let state = &mut *guard;
         let Some(entry) = state.regions.get_mut(&ask.region) else { return After::Done };
+        let next;
         match verdict {
             Verdict::Fallback(store) => {
                 tracing::warn!(region = entry.name, %error, "the store is lost; another one answers from now on");
@@ -218,6 +225,7 @@ impl Engine {
             }
             Verdict::Zero => {
                 let wanted = entry.core.arrived(ask.extent, ask.origin);
+                next = entry.core.answered(ask.extent);
                 for extent in wanted {
                     self.install(state, ask.region, extent, &Owned::Zeros, ask.origin);
                 }
@@ -226,6 +234,7 @@ impl Engine {
                 // A store that is away is away for all pages; another error concerns these alone.
                 let whole = entry.core.residency().extent();
                 let lost = entry.core.lose(if error.is_transient() { whole } else { ask.extent });
+                next = entry.core.answered(ask.extent);
                 entry.cause = Some(error.clone());
                 for extent in lost {
                     tracing::error!(region = state.regions.get(&ask.region).map(|entry| entry.name.as_str()), %extent, %error, "pages are lost");
@@ -237,7 +246,7 @@ impl Engine {
             }
         }
         let Some(entry) = state.regions.get_mut(&ask.region) else { return After::Done };
-        let (next, store) = (entry.core.answered(ask.extent), entry.store.clone());
+        let store = entry.store.clone();
         entry.changed.notify_waiters();
         drop(guard);
         self.request_faults(ask.region, &store, next);
