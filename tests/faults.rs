@@ -34,52 +34,52 @@ fn read_everything(region: &Region, threads: u64) {
     });
 }
 
-fn no_page_is_read_twice(store: &Gated<MemoryStore>) {
+fn every_page_is_read_once(store: &Gated<MemoryStore>, pages: u64) {
     let mut reads = store.reads();
     reads.sort();
     assert!(reads.windows(2).all(|pair| pair[0].end() <= pair[1].first()), "a page was asked for twice: {reads:?}");
-    assert_eq!(reads.iter().map(|read| read.count()).sum::<u64>(), PAGES);
+    assert_eq!(reads.iter().map(|read| read.count()).sum::<u64>(), pages);
 }
 
-fn any_number_of_threads(threads: u64) {
+fn any_number_of_threads(threads: u64, pages: u64) {
     let _watchdog = watchdog();
     for around in [FaultAround::default(), FaultAround::OFF] {
-        let store = gated(PAGES);
+        let store = gated(pages);
         store.open();
         let region = Region::builder().store(store.clone()).pager(&pager()).fault_around(around).open().unwrap();
         read_everything(&region, threads);
-        no_page_is_read_twice(&store);
+        every_page_is_read_once(&store, pages);
         // A thread runs on as soon as its page is there, and the pager counts after that.
-        until("the last page is counted", || region.stats().pages_demand + region.stats().pages_around == PAGES);
+        until("the last page is counted", || region.stats().pages_demand + region.stats().pages_around == pages);
         let stats = region.stats();
         assert_eq!(stats.demand_requests + stats.around_requests, store.reads().len() as u64, "{stats:?}");
         assert_eq!(stats.faults, stats.demand_requests + stats.faults_joined + stats.faults_already_resident, "{stats:?}");
         assert_eq!((stats.pages_stale, stats.pages_poisoned, stats.retries), (0, 0, 0), "{stats:?}");
         if around == FaultAround::OFF {
-            assert_eq!((stats.demand_requests, stats.around_requests), (PAGES, 0));
+            assert_eq!((stats.demand_requests, stats.around_requests), (pages, 0));
         }
-        assert_eq!((region.residency().resident, region.residency().missing()), (PAGES, 0));
+        assert_eq!((region.residency().resident, region.residency().missing()), (pages, 0));
     }
 }
 
 #[test]
 fn one_thread_gets_every_byte() {
     if uffd() {
-        any_number_of_threads(1);
+        any_number_of_threads(1, PAGES);
     }
 }
 
 #[test]
 fn eight_threads_get_every_byte() {
     if uffd() {
-        any_number_of_threads(8);
+        any_number_of_threads(8, PAGES);
     }
 }
 
 #[test]
 fn sixty_four_threads_get_every_byte() {
     if uffd() {
-        any_number_of_threads(64);
+        any_number_of_threads(64, 64);
     }
 }
 
