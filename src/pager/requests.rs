@@ -204,6 +204,8 @@ impl Engine {
     }
 
     fn carry_out(&self, ask: &Ask, error: StoreError, verdict: Verdict) -> After {
+        // Declared before the lock, so dropped after it: a callback may hold the last handle of a region.
+        let _replaced;
         let mut guard = self.lock();
         let state = &mut *guard;
         let Some(entry) = state.regions.get_mut(&ask.region) else { return After::Done };
@@ -214,7 +216,7 @@ impl Engine {
                 entry.store = store.clone();
                 entry.outage.over();
                 // The spare has no spare.
-                entry.loss.then = OnLoss::Poison;
+                _replaced = std::mem::replace(&mut entry.loss.then, OnLoss::Poison);
                 return After::Retry { wait: Duration::ZERO, store };
             }
             Verdict::KeepTrying(time) => {
