@@ -202,18 +202,32 @@ impl Engine {
     }
 
     /// Adds a region whose memory starts at `start`. Nothing may touch the memory before this returns.
+    ///
+    /// Waits until the kernel's news of earlier mappings are read: the addresses may have been another region's a moment ago, and a message
+    /// that says so must not be taken for news of this one.
     pub(crate) fn join(&self, start: usize, entry: Entry) -> io::Result<RegionId> {
+        const PACE: Duration = Duration::from_micros(20);
         let extent = entry.core.residency().extent();
-        let mut state = self.lock();
-        if state.broken {
-            return Err(io::Error::other("the pager has stopped after a panic"));
+        loop {
+            let mut state = self.lock();
+            if state.broken {
+                return Err(io::Error::other("the pager has stopped after a panic"));
+            }
+            if self.uffd.is_quiet() {
+                let id = RegionId(state.next_region);
+                state.next_region += 1;
+                self.uffd.register(start, page_len(self.page, extent.count()))?;
+                state.map.insert(start as u64, Segment { region: id, extent });
+                state.regions.insert(id, entry);
+                return Ok(id);
+            }
+            drop(state);
+            if self.service.is_current() {
+                // Nobody else reads them then: a callback or a store opens a region.
+                self.serve(&mut EventBuffer::new(EVENTS_A_READ), &mut Vec::new())?;
+            }
+            std::thread::sleep(PACE);
         }
-        let id = RegionId(state.next_region);
-        state.next_region += 1;
-        self.uffd.register(start, page_len(self.page, extent.count()))?;
-        state.map.insert(start as u64, Segment { region: id, extent });
-        state.regions.insert(id, entry);
-        Ok(id)
     }
 
     /// First half of leaving: replies in flight are dropped and faults are left to wait. The caller unmaps the memory next.
@@ -430,10 +444,15 @@ impl Engine {
     fn settle_once(&self) -> bool {
         let mut guard = self.lock();
         let state = &mut *guard;
+        let mut asks = Vec::new();
         for _ in 0..state.again.len() {
             let Some(Again { region, address, extent, what, origin }) = state.again.pop_front() else { break };
             let Some(id) = region else {
-                self.put(state, None, address, extent, what, origin);
+                // The change that the kernel waited for may have put a region's pages there: then this is a fault like any other.
+                match state.map.find(address as u64) {
+                    Some(_) => self.fault(state, address, Instant::now(), &mut asks),
+                    None => self.put(state, None, address, extent, what, origin),
+                }
                 continue;
             };
             let Some(entry) = state.regions.get_mut(&id) else { continue };
@@ -448,7 +467,10 @@ impl Engine {
             }
             changed.notify_waiters();
         }
-        !state.again.is_empty()
+        let left = !state.again.is_empty();
+        drop(guard);
+        asks.into_iter().for_each(|ask| self.request(ask));
+        left
     }
 
     /// After a panic in the loop: no missing page may ever read as zeros, and no thread may wait for ever.
