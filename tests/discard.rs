@@ -26,6 +26,12 @@ fn pointer(region: &Region, page: u64) -> NonNull<c_void> {
     at(address_of(region, page))
 }
 
+/// A test that unmaps or moves pages leaves a hole that anybody's memory may fill, and the drop of a region unmaps its whole range: so
+/// that region is never dropped.
+fn never_dropped(region: &Region) {
+    std::mem::forget(region.clone());
+}
+
 /// Starts a pull of `region` on a thread, whose steps wait at the gate of its store.
 fn pulling<'scope>(scope: &'scope std::thread::Scope<'scope, '_>, region: &'scope Region) {
     scope.spawn(|| block_on(region.pull()).unwrap());
@@ -200,6 +206,7 @@ fn a_page_that_was_unmapped_is_forgotten_and_its_neighbours_come() {
         let waits_in_the_hole = scope.spawn(|| peek(address_of(&region, 9)));
         block_on(store.arrived(1));
         // The window of 16 pages around page 9 is in flight as three reads.
+        never_dropped(&region);
         // SAFETY: pages 8..10 belong to `region` and hold nothing that anybody refers to.
         unsafe { munmap(pointer(&region, 8), 2 * PAGE) }.unwrap();
         assert_eq!(waits_in_the_hole.join().unwrap(), Err(nix::errno::Errno::EFAULT));
@@ -218,6 +225,7 @@ fn room(pages: u64) -> usize {
 }
 
 fn move_pages(region: &Region, extent: Extent, to: usize, flags: MRemapFlags) {
+    never_dropped(region);
     let len = extent.count() as usize * PAGE;
     let flags = flags | MRemapFlags::MREMAP_MAYMOVE | MRemapFlags::MREMAP_FIXED;
     // SAFETY: the pages belong to `region`, and `to` is room that nobody uses.

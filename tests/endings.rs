@@ -5,8 +5,8 @@ mod common;
 use async_trait::async_trait;
 use common::*;
 use pageferry::{
-    Extent, FaultAround, LossPolicy, MemoryStore, OnLoss, PageSize, PageStore, Pager, Pull, Region, Run, StoreError,
-    Verdict, testing::Gated,
+    Extent, FaultAround, LossPolicy, MemoryStore, OnLoss, PageSize, PageStore, Pager, Pull, Region, Run, StoreError, Verdict,
+    testing::Gated,
 };
 use std::{
     sync::{Arc, Mutex, mpsc},

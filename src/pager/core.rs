@@ -135,9 +135,16 @@ impl Core {
         }
     }
 
-    /// The kernel put off installing pages that were wanted: they count as asked for until it takes them, though no request brings them.
+    /// Which of the pages whose zeros the kernel put off shall get them now: those that were discarded, and those still wanted.
+    pub(crate) fn zeros_wanted(&self, extent: Extent) -> Vec<Extent> {
+        self.residency.discarded(extent).chain(self.residency.asked(extent)).collect()
+    }
+
+    /// The kernel put off installing pages. What the store's bytes are for counts as asked for until it takes them, though no request brings
+    /// them; a discarded page that waits for its zeros does not, or a reply older than the discard would be let in.
     pub(crate) fn postponed(&mut self, extent: Extent) {
-        self.residency.ask(extent);
+        let missing: Vec<Extent> = self.residency.missing(extent).collect();
+        missing.into_iter().for_each(|extent| self.residency.ask(extent));
     }
 
     /// The kernel has the pages.
@@ -208,7 +215,8 @@ mod tests {
 
     #[derive(Clone, Debug)]
     enum Event {
-        Fault(u64),
+        /// If it gets zeros and the flag is set, the kernel puts them off.
+        Fault(u64, bool),
         /// The nth request in flight is answered with its pages.
         Reply(usize),
         /// The same, but the kernel puts the install off.
@@ -226,7 +234,7 @@ mod tests {
     fn event() -> impl Strategy<Value = Event> {
         let extent = || (0u64..24, 1u64..6).prop_map(|(first, count)| Extent::between(first, (first + count).min(24)));
         prop_oneof![
-            6 => (0u64..24).prop_map(Event::Fault),
+            6 => (0u64..24, any::<bool>()).prop_map(|(page, put_off)| Event::Fault(page, put_off)),
             6 => (0usize..8).prop_map(Event::Reply),
             2 => (0usize..8).prop_map(Event::PutOff),
             2 => (0usize..4).prop_map(Event::Settle),
@@ -247,14 +255,21 @@ mod tests {
             let mut in_flight: Vec<Extent> = Vec::new();
             let (mut present, mut discarded, mut lost) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
             let mut blocked: BTreeSet<u64> = BTreeSet::new();
-            let mut put_off: Vec<Extent> = Vec::new();
+            // With whether they are zeros that the kernel put off.
+            let mut put_off: Vec<(Extent, bool)> = Vec::new();
             let answer_all = [vec![Event::Reply(0); 200], vec![Event::Settle(0); 200]].concat();
             for event in events.into_iter().chain(answer_all) {
                 match event {
-                    Event::Fault(page) => {
+                    Event::Fault(page, zeros_put_off) => {
                         blocked.insert(page);
                         match core.fault(page) {
                             Decision::Wake => { prop_assert!(present.contains(&page) || lost.contains(&page)); blocked.remove(&page); }
+                            Decision::Zero if zeros_put_off => {
+                                prop_assert!(discarded.contains(&page));
+                                core.postponed(Extent::page(page));
+                                put_off.push((Extent::page(page), true));
+                                present.remove(&page);
+                            }
                             Decision::Zero => {
                                 prop_assert!(discarded.contains(&page));
                                 core.installed(Extent::page(page));
@@ -284,16 +299,20 @@ mod tests {
                         in_flight.extend(core.answered(extent).into_iter().map(Extent::page));
                         for wanted in arrived {
                             core.postponed(wanted);
-                            put_off.push(wanted);
+                            put_off.push((wanted, false));
                         }
                     }
-                    Event::Settle(n) if n < put_off.len() => for wanted in core.arrived(put_off.remove(n), Origin::Demand) {
-                        for page in wanted.pages() {
-                            prop_assert!(!discarded.contains(&page) && present.insert(page), "page {} installed twice", page);
-                            blocked.remove(&page);
+                    Event::Settle(n) if n < put_off.len() => {
+                        let (extent, zeros) = put_off.remove(n);
+                        for wanted in if zeros { core.zeros_wanted(extent) } else { core.arrived(extent, Origin::Demand) } {
+                            for page in wanted.pages() {
+                                prop_assert!(zeros || !discarded.contains(&page), "page {} gets older bytes", page);
+                                prop_assert!(present.insert(page), "page {} installed twice", page);
+                                blocked.remove(&page);
+                            }
+                            core.installed(wanted);
                         }
-                        core.installed(wanted);
-                    },
+                    }
                     Event::Fail(n) if n < in_flight.len() => { /* tried again: it stays in flight */ }
                     Event::Reply(_) | Event::PutOff(_) | Event::Settle(_) | Event::Fail(_) => {}
                     Event::Pulled(extent) => for wanted in core.arrived(extent, Origin::Pull) {

@@ -10,6 +10,7 @@ mod core;
 mod engine;
 mod gather;
 mod install;
+mod place;
 mod requests;
 mod residency;
 mod retry;

@@ -4,12 +4,7 @@
 //! rest. Invariants: each request ends in exactly one of: pages installed, found stale, asked for again, lost; so no fault waits for ever.
 //! A request whose store panics, or whose task is cancelled, counts as failed.
 
-use super::{
-    address_map::RegionId,
-    core::Origin,
-    engine::{Engine, Owned},
-    retry::Next,
-};
+use super::{address_map::RegionId, core::Origin, engine::Engine, place::Owned, retry::Next};
 use crate::{Content, Extent, Hop, Loss, OnLoss, PageStore, RegionError, RegionEvent, Run, StoreError, Verdict, stats::add};
 use std::{
     collections::VecDeque,
