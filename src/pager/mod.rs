@@ -8,6 +8,7 @@ mod address_map;
 mod around;
 mod core;
 mod engine;
+mod fetch;
 mod gather;
 mod install;
 mod place;
