@@ -366,7 +366,9 @@ async fn encode_step(store: &dyn PageStore, sent: &Sent, extent: Extent, compres
     // Sorting the pages is quick, compressing is not.
     let compress = compress && parts.iter().any(|(shrinks, _)| *shrinks);
     let encode = move || -> Result<Vec<EncodedRun>, WireError> {
-        let parts = parts.into_iter().flat_map(|(shrinks, run)| split(run, MAX_RUN_BYTES.into()).into_iter().map(move |run| (shrinks, run)));
+        let parts = parts
+            .into_iter()
+            .flat_map(|(shrinks, run)| split(run, MAX_RUN_BYTES.into()).into_iter().map(move |run| (shrinks, run)));
         parts
             .map(|(shrinks, run)| {
                 let (encoding, bytes) = encode_run(run.content, compress && shrinks);
@@ -375,7 +377,8 @@ async fn encode_step(store: &dyn PageStore, sent: &Sent, extent: Extent, compres
             .collect()
     };
     let failed = |error: String| Refusal(ErrorCode::StoreFailed, error);
-    let encoded = if compress { tokio::task::spawn_blocking(encode).await.map_err(|error| failed(error.to_string()))? } else { encode() };
+    let encoded =
+        if compress { tokio::task::spawn_blocking(encode).await.map_err(|error| failed(error.to_string()))? } else { encode() };
     encoded.map_err(|error| failed(error.to_string()))
 }
 

@@ -1,6 +1,6 @@
 //! A thread that installs what pulls bring.
 //!
-//! Role: hop *install* of the background pull. Neighbours: `requests` hands it runs as they come; it installs them under the engine's lock. Invariants: as in `engine`: one
+//! Role: hop *install* of the background pull. Neighbours: `fetch` hands it runs as they come; it installs them under the engine's lock. Invariants: as in `engine`: one
 //! lock around every install, held for no more than [`STEP_BYTES`] at a time so that a fault is not kept waiting; like the service's thread, it
 //! touches no region except through the kernel (S2).
 //!
@@ -9,7 +9,10 @@
 
 use super::{address_map::RegionId, engine::Engine};
 use crate::{Extent, RegionError, Run, page_store::PULL_EXTENT_BYTES};
-use std::sync::Weak;
+use std::sync::{
+    Arc, Weak,
+    atomic::{AtomicU64, Ordering::Relaxed},
+};
 use tokio::sync::{mpsc, oneshot};
 
 /// Installed under one lock: about 25 us.
@@ -26,7 +29,8 @@ pub(super) struct Installer {
 }
 
 enum Job {
-    Install(RegionId, Run),
+    /// The pages of it that were wanted are added up.
+    Install(RegionId, Run, Arc<AtomicU64>),
     /// Answered once all that came before is installed.
     Settled(oneshot::Sender<()>),
 }
@@ -37,11 +41,11 @@ impl Installer {
         std::thread::Builder::new().name("pageferry-install".into()).spawn(move || {
             while let Some(job) = to_do.blocking_recv() {
                 match job {
-                    Job::Install(id, run) => {
+                    Job::Install(id, run, wanted_pages) => {
                         let Some(engine) = engine.upgrade() else { return };
                         let step = (STEP_BYTES / engine.page.bytes()).max(1);
                         for extent in run.extent.chunks(step) {
-                            engine.install_pulled(id, &part(&run, extent));
+                            wanted_pages.fetch_add(engine.install_pulled(id, &part(&run, extent)), Relaxed);
                         }
                     }
                     Job::Settled(answer) => {
@@ -54,8 +58,8 @@ impl Installer {
     }
 
     /// Waits for room, not for the install.
-    pub(super) async fn install(&self, id: RegionId, run: Run) -> Result<(), RegionError> {
-        self.jobs.send(Job::Install(id, run)).await.map_err(|_| RegionError::PagerStopped)
+    pub(super) async fn install(&self, id: RegionId, run: Run, wanted_pages: Arc<AtomicU64>) -> Result<(), RegionError> {
+        self.jobs.send(Job::Install(id, run, wanted_pages)).await.map_err(|_| RegionError::PagerStopped)
     }
 
     /// Waits until everything handed over is installed.
@@ -67,7 +71,7 @@ impl Installer {
 }
 
 /// A part of a run, sharing its bytes.
-pub(super) fn part(run: &Run, extent: Extent) -> Run {
+fn part(run: &Run, extent: Extent) -> Run {
     match &run.content {
         crate::Content::Zero => Run::zero(extent),
         crate::Content::Bytes(bytes) => {
