@@ -21,13 +21,19 @@ pub(crate) enum StreamError {
 
 impl From<WriteError> for StreamError {
     fn from(error: WriteError) -> StreamError {
-        StreamError::Ended(error.to_string())
+        StreamError::Ended(match error {
+            WriteError::ConnectionLost(why) => why.to_string(),
+            other => other.to_string(),
+        })
     }
 }
 
 impl From<ReadError> for StreamError {
     fn from(error: ReadError) -> StreamError {
-        StreamError::Ended(error.to_string())
+        StreamError::Ended(match error {
+            ReadError::ConnectionLost(why) => why.to_string(),
+            other => other.to_string(),
+        })
     }
 }
 
