@@ -16,11 +16,8 @@ use super::{
 use crate::{Content, Extent, PULL_EXTENT_BYTES, PageStore, Run, StoreError};
 use bytes::Bytes;
 use std::{
-    collections::VecDeque,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -49,37 +46,34 @@ const READ_MAX_BYTES: u64 = 16 << 20;
 /// memory, in front of nobody.
 const PULL_AHEAD_MIN_BYTES: u64 = 2 << 20;
 
-/// A bit a page.
-struct Sent(Vec<AtomicU64>);
+/// Pages, as words of 64 bits by number: memory follows from what was sent, not from how large the store says it is.
+#[derive(Default)]
+struct Sent(Mutex<HashMap<u64, u64>>);
 
 impl Sent {
-    fn new(pages: u64) -> Sent {
-        Sent((0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
-    }
-
-    #[allow(clippy::cast_possible_truncation, reason = "pages of a store whose bitmap fits memory")]
-    fn word(&self, page: u64) -> Option<&AtomicU64> {
-        self.0.get((page / 64) as usize)
+    fn words(&self) -> std::sync::MutexGuard<'_, HashMap<u64, u64>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn add(&self, extent: Extent) {
+        let mut words = self.words();
         for page in extent.pages() {
-            if let Some(word) = self.word(page) {
-                word.fetch_or(1 << (page % 64), Relaxed);
-            }
+            *words.entry(page / 64).or_default() |= 1 << (page % 64);
         }
     }
 
-    fn holds(&self, page: u64) -> bool {
-        self.word(page).is_some_and(|word| word.load(Relaxed) & (1 << (page % 64)) != 0)
+    fn holds_all(&self, extent: Extent) -> bool {
+        let words = self.words();
+        extent.pages().all(|page| holds(&words, page))
     }
 
     /// The parts of an extent that were not sent.
     fn unsent(&self, extent: Extent) -> Vec<Extent> {
+        let words = self.words();
         let mut parts = Vec::new();
         let mut first = extent.first();
         for page in extent.pages() {
-            if self.holds(page) {
+            if holds(&words, page) {
                 parts.push(Extent::between(first, page));
                 first = page + 1;
             }
@@ -88,6 +82,10 @@ impl Sent {
         parts.retain(|part| !part.is_empty());
         parts
     }
+}
+
+fn holds(words: &HashMap<u64, u64>, page: u64) -> bool {
+    words.get(&(page / 64)).is_some_and(|word| word & (1 << (page % 64)) != 0)
 }
 
 /// A request that cannot be answered.
@@ -305,7 +303,7 @@ impl Session {
         let open = self.region(region)?;
         let store = open.granted.store;
         extents.iter().try_for_each(|extent| store.check(*extent))?;
-        let sent = Arc::new(Sent::new(store.extent().count()));
+        let sent = Arc::<Sent>::default();
         let at = (region as usize).saturating_sub(1);
         if let Some(open) = self.regions().get_mut(at) {
             open.sent = Some(sent.clone());
@@ -325,7 +323,7 @@ impl Session {
         let (compress, page) = (self.shared.options.compress, store.page_size());
         let step = (PULL_EXTENT_BYTES / page.bytes()).max(1);
         let mut ready: VecDeque<tokio::task::JoinHandle<Result<Vec<EncodedRun>, Refusal>>> = VecDeque::new();
-        let mut steps = extents.into_iter().flat_map(|extent| extent.chunks(step).collect::<Vec<_>>());
+        let mut steps = extents.into_iter().flat_map(|extent| extent.chunks(step));
         loop {
             while ready.len() < ENCODE_AHEAD
                 && let Some(extent) = steps.next()
@@ -341,7 +339,7 @@ impl Session {
             };
             for run in runs {
                 // Demanded and sent while it was being encoded.
-                if run.extent().pages().all(|page| sent.holds(page)) {
+                if sent.holds_all(run.extent()) {
                     continue;
                 }
                 let len_bytes = run.bytes().len() as u64;
