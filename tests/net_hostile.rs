@@ -116,6 +116,22 @@ mod who {
 mod frames {
     use super::*;
 
+    /// docs/protocol.md, "Version rule": the highest that the server speaks and that is not above the client's.
+    #[tokio::test]
+    async fn the_version_in_force_is_the_highest_in_common() {
+        let stage = Stage::new().await;
+        let client = stage.client().await;
+        for version in [1, 2, u16::MAX] {
+            let answers = client.say(&hello(version)).await;
+            let [welcome] = &answers[..] else { panic!("{version}: {answers:?}") };
+            assert_eq!((welcome.kind, &welcome.payload[..2]), (WELCOME, &[1, 0][..]), "{version}");
+        }
+        let refused = client.say(&[hello(0), open("world")].concat()).await;
+        assert_eq!(codes(&refused), [Some(UNKNOWN_VERSION)]);
+        assert!(refused[0].message().contains('1'), "{refused:?}");
+        stage.assert_serves().await;
+    }
+
     #[tokio::test]
     async fn what_breaks_the_protocol_closes_the_connection_with_a_code() {
         let stage = Stage::new().await;

@@ -147,7 +147,8 @@ impl Session {
 
     async fn control(&self, version: u16, writer: &mut FrameWriter, reader: &mut FrameReader) -> Result<(), StreamError> {
         writer.prioritise(CONTROL_PRIORITY);
-        if version != VERSION {
+        // A client that speaks more speaks this too.
+        if version < VERSION {
             let message = format!("version {version} is not spoken here, {VERSION} is");
             return writer.send(&failed(ErrorCode::UnknownVersion, &message)).await;
         }
