@@ -341,9 +341,37 @@ mod grants {
         server.grant(keys.client_id(), "world", MemoryStore::zeroed(PAGE as u64, KIB_4), Grant::Read);
         assert_world(store.extent(), &store.read(store.extent()).await.unwrap());
 
+        // Nor does opening it again on the same connection, which tells the size of what is read.
+        let raw = RawClient::connect(server.local_addr(), Some(&keys.client)).await.unwrap();
+        let (mut send, mut receive) = raw.stream(&[hello(1), open("world")].concat()).await;
+        let [_, first] = [Got::read(&mut receive).await.unwrap(), Got::read(&mut receive).await.unwrap()];
+        server.grant(keys.client_id(), "world", world(4), Grant::Read);
+        send.write_all(&open("world")).await.unwrap();
+        assert_eq!(Got::read(&mut receive).await.unwrap(), first);
+
         let newcomer = Keys { server: keys.server.clone(), ..Keys::new() };
         server.grant(newcomer.client_id(), "world", world(4), Grant::Read);
         newcomer.connect(server.local_addr()).await.open("world").await.unwrap();
+    }
+
+    /// A frame carries up to 1 MiB; pages of 1 GiB could not travel.
+    #[tokio::test]
+    async fn a_store_of_pages_larger_than_a_frame_is_refused_when_opened() {
+        let keys = Keys::new();
+        let sizes = [1 << 20, 2 << 20].map(|bytes| pageferry::PageSize::new(bytes).unwrap());
+        let [fits, too_large] = sizes.map(|size| MemoryStore::from_bytes(contents(Extent::between(0, 1024)), size));
+        let server = Server::builder(&keys.server)
+            .grant(keys.client_id(), "fits", fits, Grant::Read)
+            .grant(keys.client_id(), "too large", too_large, Grant::Read)
+            .listen(LOOPBACK)
+            .unwrap();
+        let peer = keys.connect(server.local_addr()).await;
+        let store = peer.open("fits").await.unwrap();
+        let mut bytes = vec![0; 4 << 20];
+        store.read_into(store.extent(), &mut bytes).await.unwrap();
+        assert!(bytes == contents(Extent::between(0, 1024)));
+        let error = peer.open("too large").await.unwrap_err();
+        assert!(code(&error) == Some(6) && error.to_string().contains("2097152"), "{error}");
     }
 
     #[tokio::test]

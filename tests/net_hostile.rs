@@ -253,6 +253,26 @@ mod reach {
         stage.assert_serves().await;
     }
 
+    /// More than a frame may carry has to be cut, zeros too, and more than 16 MiB is refused.
+    #[tokio::test]
+    async fn a_read_gives_at_most_16_mib_in_frames_of_at_most_1_mib() {
+        let store = MemoryStore::zeroed(1 << 40, KIB_4);
+        store.write(Extent::between(300, 1000), &vec![7; 700 * PAGE]).await.unwrap();
+        let stage = Stage::with(store).await;
+        let client = stage.client().await;
+        let region = client.open("world").await;
+        let pages = 16 * MIB / PAGE as u64;
+        let mut next = 0;
+        for got in client.say(&[lane(2), read(region, 0, pages as u32)].concat()).await {
+            assert_eq!((got.kind, got.extent().first()), (DATA, next));
+            assert!(got.extent().count() * PAGE as u64 <= MIB, "{} in one frame", got.extent());
+            next = got.extent().end();
+        }
+        assert_eq!(next, pages);
+        assert_eq!(codes(&client.say(&[lane(2), read(region, 0, pages as u32 + 1)].concat()).await), [Some(BAD_FRAME)]);
+        stage.assert_serves().await;
+    }
+
     #[tokio::test]
     async fn thousands_of_regions_are_too_many_for_one_connection() {
         const OPENED_MAX: usize = 4096;

@@ -11,9 +11,9 @@ use super::{
     peer::{AGENT, VERSION},
     server::{CLOSE_BAD_FRAME, Granted, Shared, TakeStream},
     stream::{FrameReader, FrameWriter, StreamError},
-    wire::{Access, Agent, Class, DataHead, EncodedRun, ErrorCode, Frame, MAX_RUN_BYTES, Message, WireError},
+    wire::{Access, Agent, Class, DataHead, EncodedRun, ErrorCode, Frame, MAX_READ_BYTES, MAX_RUN_BYTES, Message, WireError},
 };
-use crate::{Content, Extent, PULL_EXTENT_BYTES, PageStore, Run, StoreError};
+use crate::{Content, Extent, PULL_EXTENT_BYTES, PageSize, PageStore, Run, StoreError};
 use bytes::Bytes;
 use std::{
     collections::{HashMap, VecDeque},
@@ -40,8 +40,6 @@ struct Open {
 
 /// Regions a connection may open.
 const REGIONS_MAX: usize = 4096;
-/// Pages one READ may ask for, in bytes.
-const READ_MAX_BYTES: u64 = 16 << 20;
 /// A bulk read keeps at least this much on the way, and at most twice what the congestion window lets out: more would only sit in this process's
 /// memory, in front of nobody.
 const PULL_AHEAD_MIN_BYTES: u64 = 2 << 20;
@@ -165,6 +163,11 @@ impl Session {
         // What does not exist and what is not granted look the same: names are not for guessing.
         let not_granted = || Refusal(ErrorCode::NotGranted, format!("region {name:?} is not granted to {}", self.peer));
         let granted = self.shared.granted(self.peer, name).ok_or_else(not_granted)?;
+        if granted.store.page_size().bytes() > MAX_RUN_BYTES.into() {
+            let message =
+                format!("region {name:?} has {:?}; a frame carries at most {MAX_RUN_BYTES} bytes", granted.store.page_size());
+            return Err(Refusal(ErrorCode::StoreFailed, message));
+        }
         let mut regions = self.regions();
         let at = match regions.iter().position(|open| open.name == name) {
             Some(at) => at,
@@ -172,13 +175,14 @@ impl Session {
                 return Err(Refusal(ErrorCode::Busy, format!("{REGIONS_MAX} regions are open on this connection")));
             }
             None => {
-                regions.push(Open { name: name.to_owned(), granted: granted.clone(), sent: None });
+                regions.push(Open { name: name.to_owned(), granted, sent: None });
                 regions.len() - 1
             }
         };
         let region = u32::try_from(at + 1).unwrap_or(u32::MAX);
-        let (page_size, size_bytes) = (granted.store.page_size(), granted.store.size());
-        Ok(Frame::Opened { region, access: granted.access, page_size, size_bytes })
+        // Of an open region: it keeps the store it had, whatever was granted since.
+        let Granted { store, access } = &regions[at].granted;
+        Ok(Frame::Opened { region, access: *access, page_size: store.page_size(), size_bytes: store.size() })
     }
 
     fn regions(&self) -> std::sync::MutexGuard<'_, Vec<Open>> {
@@ -203,7 +207,12 @@ impl Session {
             match done {
                 Ok(None) => {}
                 Ok(Some(answer)) => writer.send(&answer).await?,
-                Err(Refusal(code, message)) => writer.send(&failed(code, &message)).await?,
+                Err(Refusal(code, message)) => {
+                    writer.send(&failed(code, &message)).await?;
+                    if code == ErrorCode::BadFrame {
+                        return Ok(());
+                    }
+                }
             }
             if class == Class::Demand {
                 // The next fault of the same thread follows an install and a few instructions.
@@ -220,43 +229,33 @@ impl Session {
         writer: &mut FrameWriter,
     ) -> Result<Result<Option<Frame>, Refusal>, StreamError> {
         let start = Instant::now();
-        let runs = match self.read_runs(region, extent).await {
-            Ok(runs) => runs,
+        let (runs, page) = match self.read_runs(region, extent).await {
+            Ok(answer) => answer,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        // Compressing one page costs more time than it saves on any link a fault is bearable on.
         let mut serve_us = u32::try_from(start.elapsed().as_micros()).unwrap_or(u32::MAX);
-        for run in runs {
-            self.send_run(run, false, serve_us, writer).await?;
+        for Run { extent, content } in runs.into_iter().flat_map(|run| split(run, page)) {
+            // Compressing one page costs more time than it saves on any link a fault is bearable on.
+            let (encoding, bytes) = encode_run(content, false);
+            writer.send_data(DataHead::new(encoding, extent, serve_us, bytes.len())?, bytes).await?;
             serve_us = 0;
         }
         Ok(Ok(None))
     }
 
-    async fn read_runs(&self, region: u32, extent: Extent) -> Result<Vec<Run>, Refusal> {
+    async fn read_runs(&self, region: u32, extent: Extent) -> Result<(Vec<Run>, PageSize), Refusal> {
         let open = self.region(region)?;
         let store = &open.granted.store;
         store.check(extent)?;
-        if extent.bytes(store.page_size()) > READ_MAX_BYTES {
-            let message = format!("{extent} are more than the {READ_MAX_BYTES} bytes that one READ may ask for");
+        if extent.bytes(store.page_size()) > MAX_READ_BYTES.into() {
+            let message = format!("{extent} are more than the {MAX_READ_BYTES} bytes that one READ may ask for");
             return Err(Refusal(ErrorCode::BadFrame, message));
         }
         let runs = store.read(extent).await?;
         if let Some(sent) = &open.sent {
             sent.add(extent);
         }
-        Ok(runs)
-    }
-
-    /// Sends a run, cut to what a frame may carry. Returns the bytes of content sent.
-    async fn send_run(&self, run: Run, compress: bool, serve_us: u32, writer: &mut FrameWriter) -> Result<u64, StreamError> {
-        let mut sent_bytes = 0;
-        for Run { extent, content } in split(run, MAX_RUN_BYTES.into()) {
-            let (encoding, bytes) = encode_run(content, compress);
-            sent_bytes += bytes.len() as u64;
-            writer.send_data(DataHead::new(encoding, extent, serve_us, bytes.len())?, bytes).await?;
-        }
-        Ok(sent_bytes)
+        Ok((runs, store.page_size()))
     }
 
     async fn write(&self, region: u32, run: EncodedRun) -> Result<Option<Frame>, Refusal> {
@@ -362,7 +361,7 @@ async fn encode_step(store: &dyn PageStore, sent: &Sent, extent: Extent, compres
     }
     let page = store.page_size();
     let encode = move || -> Result<Vec<EncodedRun>, WireError> {
-        let parts = runs.into_iter().flat_map(|run| kinds_of(run, page)).flat_map(|run| split(run, MAX_RUN_BYTES.into()));
+        let parts = runs.into_iter().flat_map(|run| kinds_of(run, page)).flat_map(|run| split(run, page));
         parts
             .map(|run| {
                 let (encoding, bytes) = encode_run(run.content, compress);
@@ -378,20 +377,22 @@ async fn encode_step(store: &dyn PageStore, sent: &Sent, extent: Extent, compres
     encoded.map_err(|error| Refusal(ErrorCode::StoreFailed, error.to_string()))
 }
 
-/// Cuts a run into parts of at most `max_bytes`. Zeros cost nothing to carry and stay whole.
-fn split(run: Run, max_bytes: u64) -> Vec<Run> {
-    let Content::Bytes(bytes) = &run.content else { return vec![run] };
-    if bytes.len() as u64 <= max_bytes || run.extent.is_empty() {
+/// Cuts a run into parts that fit a frame, zeros too: what a frame stands for is bounded, whatever it weighs.
+fn split(run: Run, page: PageSize) -> Vec<Run> {
+    let part_pages = u64::from(MAX_RUN_BYTES) / page.bytes();
+    if run.extent.count() <= part_pages {
         return vec![run];
     }
-    let page_len = bytes.len() as u64 / run.extent.count();
-    let parts = run.extent.chunks(max_bytes / page_len.max(1));
+    let Run { extent, content } = run;
     #[allow(clippy::cast_possible_truncation, reason = "offsets inside `bytes`")]
-    let cut = |part: Extent| {
-        let from = ((part.first() - run.extent.first()) * page_len) as usize;
-        Run::bytes(part, bytes.slice(from..from + (part.count() * page_len) as usize))
+    let cut = |part: Extent| match &content {
+        Content::Zero => Run::zero(part),
+        Content::Bytes(bytes) => {
+            let from = page.offset_of(part.first() - extent.first()) as usize;
+            Run::bytes(part, bytes.slice(from..from + part.bytes(page) as usize))
+        }
     };
-    parts.map(cut).collect()
+    extent.chunks(part_pages).map(cut).collect()
 }
 
 /// How much a bulk read may have on the way.
