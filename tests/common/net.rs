@@ -15,11 +15,7 @@ use rustls::{
 use std::{
     future::Future,
     net::{Ipv4Addr, SocketAddr},
-    pin::Pin,
-    sync::{
-        Arc, LazyLock,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::{Arc, LazyLock},
     time::Duration,
 };
 
@@ -397,8 +393,11 @@ impl ServerCertVerifier for AnyServer {
     }
 }
 
-/// A request stream or pull at a [`Liar`]: the frame that opened it was read.
+/// A stream at a [`Liar`]: the frame that opened it was read.
 pub struct Asked {
+    pub connection: quinn::Connection,
+    /// How many connections there were before this one.
+    pub number: usize,
     pub first: Got,
     pub send: quinn::SendStream,
     pub receive: quinn::RecvStream,
@@ -417,35 +416,60 @@ impl Asked {
         // The client may have left, as it should.
         let _ = self.send.write_all(bytes).await;
     }
+
+    /// Answers every OPEN on the control stream as a server of so many pages would.
+    pub async fn control(mut self, pages: u64) {
+        self.say(&welcome()).await;
+        loop {
+            assert_eq!(self.next().await.kind, OPEN);
+            self.say(&opened(1, pages * PAGE as u64)).await;
+        }
+    }
+
+    /// Answers requests on a lane, or a pull, with the world's pages.
+    pub async fn honest(mut self) {
+        if self.first.kind == PULL {
+            for at in (16..self.first.payload.len()).step_by(16) {
+                let extent = Extent::new(self.first.u64_at(at), self.first.u64_at(at + 8)).unwrap();
+                for part in extent.chunks(64) {
+                    self.say(&honest_data(part)).await;
+                }
+            }
+            return self.say(&frame(END, 0, &[])).await;
+        }
+        loop {
+            let got = self.next().await;
+            let answer = if got.kind == READ { honest_data(got.extent()) } else { frame(DONE, 0, &[]) };
+            self.say(&answer).await;
+        }
+    }
 }
 
-type Script = Arc<dyn Fn(Asked) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
-
-/// A server with the right key that says what a test tells it to. It answers HELLO and OPEN (with `size_bytes`, and access to write) by itself.
+/// A server with the right key that says what a test tells it to. Closes when dropped.
 pub struct Liar {
     pub address: SocketAddr,
-    pub size_bytes: Arc<AtomicU64>,
     endpoint: quinn::Endpoint,
 }
 
 impl Liar {
-    /// `script` plays each stream that is not the control stream.
-    pub fn start<F>(identity: &Identity, pages: u64, script: impl Fn(Asked) -> F + Send + Sync + 'static) -> Liar
+    /// `script` plays each stream.
+    pub fn start<F>(identity: &Identity, script: impl Fn(Asked) -> F + Send + Sync + 'static) -> Liar
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        Liar::start_with(identity, pages, quinn::TransportConfig::default(), script)
+        Liar::start_with(identity, quinn::TransportConfig::default(), script)
     }
 
     pub fn start_with<F>(
         identity: &Identity,
-        pages: u64,
         transport: quinn::TransportConfig,
         script: impl Fn(Asked) -> F + Send + Sync + 'static,
     ) -> Liar
     where
         F: Future<Output = ()> + Send + 'static,
     {
+        // The first use makes the world, which takes longer than some answer time-outs.
+        contents(Extent::page(0));
         let (chain, key) = certified(identity);
         let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(default_provider()))
             .with_protocol_versions(&[&rustls::version::TLS13])
@@ -459,38 +483,34 @@ impl Liar {
         config.transport_config(Arc::new(transport));
         let endpoint = quinn::Endpoint::server(config, LOOPBACK).unwrap();
         let address = endpoint.local_addr().unwrap();
-        let size_bytes = Arc::new(AtomicU64::new(pages * PAGE as u64));
-        let script: Script = Arc::new(move |asked| Box::pin(script(asked)));
-        tokio::spawn(accept(endpoint.clone(), size_bytes.clone(), script));
-        Liar { address, size_bytes, endpoint }
-    }
-
-    /// Closes the connections there are; the client may dial again.
-    pub fn hang_up(&self) {
-        self.endpoint.close(9u32.into(), b"test");
+        tokio::spawn(accept(endpoint.clone(), Arc::new(script)));
+        Liar { address, endpoint }
     }
 }
 
-async fn accept(endpoint: quinn::Endpoint, size_bytes: Arc<AtomicU64>, script: Script) {
-    while let Some(incoming) = endpoint.accept().await {
-        let (size_bytes, script) = (size_bytes.clone(), script.clone());
+impl Drop for Liar {
+    fn drop(&mut self) {
+        self.endpoint.close(0u32.into(), b"");
+    }
+}
+
+async fn accept<F>(endpoint: quinn::Endpoint, script: Arc<impl Fn(Asked) -> F + Send + Sync + 'static>)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    for number in 0.. {
+        let Some(incoming) = endpoint.accept().await else { return };
+        let script = script.clone();
         tokio::spawn(async move {
             let Ok(connection) = incoming.await else { return };
-            while let Ok((send, receive)) = connection.accept_bi().await {
-                tokio::spawn(play(size_bytes.clone(), script.clone(), send, receive));
+            while let Ok((send, mut receive)) = connection.accept_bi().await {
+                let (connection, script) = (connection.clone(), script.clone());
+                tokio::spawn(async move {
+                    let Some(first) = Got::read(&mut receive).await else { return };
+                    script(Asked { connection, number, first, send, receive }).await;
+                });
             }
         });
-    }
-}
-
-async fn play(size_bytes: Arc<AtomicU64>, script: Script, mut send: quinn::SendStream, mut receive: quinn::RecvStream) {
-    let Some(first) = Got::read(&mut receive).await else { return };
-    if first.kind != HELLO {
-        return script(Asked { first, send, receive }).await;
-    }
-    let _ = send.write_all(&welcome()).await;
-    while Got::read(&mut receive).await.is_some() {
-        let _ = send.write_all(&opened(1, size_bytes.load(Relaxed))).await;
     }
 }
 
