@@ -13,7 +13,7 @@ use pageferry::{
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst},
     },
     time::{Duration, Instant},
 };
@@ -467,5 +467,52 @@ mod regions {
             let honest = if what == "other pages" { vec![Extent::between(40, 41)] } else { vec![] };
             assert_eq!(pulled, honest, "{what}");
         }
+    }
+
+    /// A page was demanded, so the pull leaves it out and ends; the datagram with the page itself is late. It must not be given up.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_pull_that_ends_before_a_demanded_page_has_come_loses_nothing() {
+        if !userfaultfd() {
+            return;
+        }
+        let keys = Keys::new();
+        let (pulls, demanded) = (Arc::new(AtomicU64::new(0)), Arc::new(tokio::sync::Semaphore::new(0)));
+        let (late, release) = (Arc::new(tokio::sync::Semaphore::new(0)), Arc::new(Notify::new()));
+        let liar = Liar::start(&keys.server, {
+            let (pulls, demanded, late, release) = (pulls.clone(), demanded.clone(), late.clone(), release.clone());
+            move |mut asked| {
+                let (pulls, demanded, late, release) = (pulls.clone(), demanded.clone(), late.clone(), release.clone());
+                async move {
+                    match asked.first.kind {
+                        HELLO => asked.control(1).await,
+                        LANE => {
+                            assert_eq!(asked.next().await.extent(), Extent::page(0));
+                            demanded.add_permits(1);
+                            late.acquire().await.unwrap().forget();
+                            asked.say(&honest_data(Extent::page(0))).await;
+                            asked.next().await;
+                        }
+                        _ if pulls.fetch_add(1, SeqCst) == 0 => {
+                            release.notify_one();
+                            demanded.acquire().await.unwrap().forget();
+                            asked.say(&frame(END, 0, &[])).await;
+                            // The client ends its side once it has read END.
+                            while Got::read(&mut asked.receive).await.is_some() {}
+                            late.add_permits(1);
+                        }
+                        _ => asked.honest().await,
+                    }
+                }
+            }
+        });
+        let (_pager, region) = region(&keys, &liar).await;
+        let pulling = tokio::spawn({
+            let region = region.clone();
+            async move { region.pull().await }
+        });
+        soon("the pull", release.notified()).await;
+        soon("the page", region.populate(0..PAGE as u64)).await.unwrap();
+        soon("the pull", pulling).await.unwrap().unwrap();
+        assert_eq!((region.residency().missing(), region.residency().lost), (0, 0));
     }
 }

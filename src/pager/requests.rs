@@ -7,7 +7,7 @@
 use super::{
     address_map::RegionId,
     core::Origin,
-    engine::{Engine, Owned},
+    engine::{Engine, Entry, Owned},
     retry::Next,
 };
 use crate::{Content, Extent, Hop, Loss, OnLoss, PageStore, RegionError, RegionEvent, Run, StoreError, Verdict, stats::add};
@@ -270,8 +270,19 @@ impl Engine {
                 changed.await;
                 continue;
             };
-            let error = match pull_once(&engine, id, &store, missing).await? {
-                Ok(0) => StoreError::Protocol(format!("the bulk read ended without {first}")),
+            let error = match pull_once(&engine, id, &store, missing.clone()).await? {
+                Ok(0) => {
+                    // Pages demanded meanwhile are left out of it, and may still be on their way. What was neither sent nor demanded is missing.
+                    let strong = engine.upgrade().ok_or(RegionError::PagerStopped)?;
+                    let all_unasked = |entry: &mut Entry| {
+                        let residency = entry.core.residency();
+                        residency.unasked(residency.extent()).eq(missing)
+                    };
+                    if !strong.with_entry(id, all_unasked).ok_or(RegionError::PagerStopped)? {
+                        continue;
+                    }
+                    StoreError::Protocol(format!("the bulk read ended without {first}"))
+                }
                 Ok(_) => {
                     attempt = 0;
                     continue;
