@@ -4,7 +4,7 @@
 //! its payload is read or memory for it taken (S7); a reader that was cancelled goes on where it stopped.
 
 use super::wire::{DATA_FIELDS_BYTES, DataHead, Frame, HEADER_BYTES, Header, Kind, WireError};
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use quinn::{ReadError, RecvStream, SendStream, WriteError};
 use std::collections::VecDeque;
 use thiserror::Error;
@@ -22,13 +22,19 @@ pub(crate) enum StreamError {
 
 impl From<WriteError> for StreamError {
     fn from(error: WriteError) -> StreamError {
-        StreamError::Ended(error.to_string())
+        StreamError::Ended(match error {
+            WriteError::ConnectionLost(why) => why.to_string(),
+            other => other.to_string(),
+        })
     }
 }
 
 impl From<ReadError> for StreamError {
     fn from(error: ReadError) -> StreamError {
-        StreamError::Ended(error.to_string())
+        StreamError::Ended(match error {
+            ReadError::ConnectionLost(why) => why.to_string(),
+            other => other.to_string(),
+        })
     }
 }
 
@@ -188,14 +194,17 @@ impl FrameWriter {
         FrameWriter { stream, buffer: BytesMut::new() }
     }
 
-    /// Sends a frame. Cancelled in the middle, the stream is of no more use.
+    /// Sends a frame. Cancelled in the middle, the rest of it goes before the next frame.
     pub(crate) async fn send(&mut self, frame: &Frame) -> Result<(), StreamError> {
-        self.buffer.clear();
         frame.encode(&mut self.buffer);
-        Ok(self.stream.write_all(&self.buffer).await?)
+        while !self.buffer.is_empty() {
+            let written = self.stream.write(&self.buffer).await?;
+            self.buffer.advance(written);
+        }
+        Ok(())
     }
 
-    /// Sends a DATA frame without copying its content.
+    /// Sends a DATA frame without copying its content. Cancelled in the middle, the stream is of no more use.
     pub(crate) async fn send_data(&mut self, head: DataHead, content: Bytes) -> Result<(), StreamError> {
         let head = Bytes::copy_from_slice(&super::wire::encode_data_head(head));
         if content.is_empty() {

@@ -96,6 +96,11 @@ impl Engine {
             let Some(extent) = left.ok_or(RegionError::PagerStopped)? else { continue };
             let error = match end {
                 Ok(()) if pages > 0 => continue,
+                // What was sent on demand may have been for another region over the same store: the next bulk read starts its own account.
+                Ok(()) if attempt < LEFT_OUT_MAX => {
+                    attempt += 1;
+                    continue;
+                }
                 Ok(()) => StoreError::Protocol(format!("the bulk read ended without {extent}")),
                 Err(error) => error,
             };
@@ -111,6 +116,9 @@ impl Engine {
         }
     }
 }
+
+/// Bulk reads in a row that may end without a page that is still missing.
+const LEFT_OUT_MAX: u32 = 3;
 
 /// One bulk read to its end: how many pages it brought that were wanted, and how it ended.
 async fn pull_once(
