@@ -1,5 +1,4 @@
 #![doc = include_str!("../README.md")]
-
 // Lints of the library alone; those of every target stand in Cargo.toml.
 #![deny(
     unsafe_code,         // `sys` allows it, on its `mod` line; nothing else does
