@@ -23,7 +23,7 @@ use std::{
     collections::{HashMap, VecDeque},
     io,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 use tokio::{
@@ -46,7 +46,7 @@ pub(crate) struct Engine {
     pub(super) gather: Arc<Gather>,
     /// Makes the next turn of the message loop panic.
     #[cfg(test)]
-    pub(super) panic_next: std::sync::atomic::AtomicBool,
+    pub(super) panic_next: AtomicBool,
 }
 
 impl Drop for Engine {
@@ -78,6 +78,8 @@ pub(crate) struct Entry {
     pub(super) outage: Outage,
     /// The error by which pages were given up, if any were.
     pub(super) cause: Option<StoreError>,
+    /// Whether pages may be lost: set before the first one is poisoned.
+    pub(crate) any_lost: Arc<AtomicBool>,
     pub(super) counters: Arc<Counters>,
     pub(super) events: broadcast::Sender<RegionEvent>,
     /// Told whenever pages became resident or lost.
@@ -95,8 +97,8 @@ impl Entry {
         events: broadcast::Sender<RegionEvent>,
         mapping: Weak<Mapping>,
     ) -> Entry {
-        let (outage, changed) = (Outage::default(), Arc::new(Notify::new()));
-        Entry { name, core, store, loss, outage, cause: None, counters, events, changed, mapping }
+        let (outage, any_lost, changed) = (Outage::default(), Arc::default(), Arc::new(Notify::new()));
+        Entry { name, core, store, loss, outage, cause: None, any_lost, counters, events, changed, mapping }
     }
 
     pub(crate) fn residency(&self) -> &Residency {
