@@ -44,7 +44,7 @@ pub(crate) struct Engine {
     /// Something waits in `State::again`.
     pub(super) settle: Arc<Notify>,
     pub(super) gather: Arc<Gather>,
-    /// Makes the next turn of the message loop panic.
+    /// Makes the next turn of a loop panic.
     #[cfg(test)]
     pub(super) panic_next: AtomicBool,
 }
@@ -226,8 +226,6 @@ impl Engine {
         let read = {
             let mut guard = self.lock();
             let state = &mut *guard;
-            #[cfg(test)]
-            assert!(!self.panic_next.swap(false, std::sync::atomic::Ordering::Relaxed), "the test wants a panic here");
             messages.clear();
             let read = self.uffd.read_all(buffer, messages);
             let read_at = Instant::now();
@@ -319,7 +317,12 @@ impl Engine {
 
     /// A turn of a loop of the pager; `None` if it panicked.
     fn turn<T>(&self, turn: impl FnOnce() -> T) -> Option<T> {
-        let done = catch_unwind(AssertUnwindSafe(turn)).ok();
+        let done = catch_unwind(AssertUnwindSafe(|| {
+            #[cfg(test)]
+            assert!(!self.panic_next.swap(false, std::sync::atomic::Ordering::Relaxed), "the test wants a panic here");
+            turn()
+        }))
+        .ok();
         if done.is_none() {
             tracing::error!("the pager panicked; all missing pages are poisoned");
             if catch_unwind(AssertUnwindSafe(|| self.rescue())).is_err() {
