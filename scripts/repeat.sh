@@ -9,15 +9,15 @@ shift $(($# > 0))
 tests=("$@")
 ((${#tests[@]})) || tests=(faults discard loss endings fetching)
 export REQUIRE_UFFD=1
-binaries=$(cargo test --no-run "${tests[@]/#/--test=}" 2>&1 | sed -nE 's/^ *Executable .*\((.*)\)$/\1/p')
-
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
+cargo test --no-run "${tests[@]/#/--test=}" 2>"$log" || { cat "$log" && exit 1; }
+binaries=$(sed -nE 's/^ *Executable .*\((.*)\)$/\1/p' "$log")
+
 failed=0
 for binary in $binaries; do
     for ((i = 1; i <= times; i++)); do
-        # In cargo's absence a test finds files relative to the current folder, as with it.
-        nice "$binary" >"$log" 2>&1 && continue
+        nice "$binary" --nocapture >"$log" 2>&1 && continue
         failed=$((failed + 1))
         echo "=== $binary, run $i of $times:"
         cat "$log"

@@ -173,6 +173,34 @@ fn a_callback_may_hold_the_last_handle_of_a_region() {
     serves(&pager);
 }
 
+/// A process without room for another thread's stack.
+fn no_more_threads() {
+    let pages: u64 = std::fs::read_to_string("/proc/self/statm").unwrap().split(' ').next().unwrap().parse().unwrap();
+    let limit_bytes = (pages + 64) * PAGE as u64;
+    let limit = libc::rlimit { rlim_cur: limit_bytes, rlim_max: limit_bytes };
+    // SAFETY: the argument is valid for the call.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) }, 0);
+    assert!(std::thread::Builder::new().spawn(|| ()).is_err(), "there is room for a thread");
+}
+
+#[test]
+fn a_region_that_no_thread_can_unmap_leaks_and_the_pager_goes_on() {
+    if !uffd() {
+        return;
+    }
+    in_child("a_region_that_no_thread_can_unmap_leaks_and_the_pager_goes_on", "limit", || {
+        let _watchdog = watchdog();
+        let pager = pager();
+        let other = Region::builder().store(memory(8)).pager(&pager).open().unwrap();
+        let (handle, is_dropped) = last_handle(&pager);
+        no_more_threads();
+        assert_eq!(pager.service().run(async move { drop(handle) }), Some(()));
+        assert_eq!(is_dropped.recv_timeout(PATIENCE), Ok(true));
+        (0..8).for_each(|page| assert_page(&other, page));
+    })
+    .ends_well();
+}
+
 /// The address space that one region leaves is the first that the next one gets.
 #[test]
 fn regions_that_open_where_others_end_show_no_zeros() {
@@ -192,6 +220,104 @@ fn regions_that_open_where_others_end_show_no_zeros() {
             });
         }
     });
+}
+
+/// Lets children of fork(2) inherit a region, against what it was opened with.
+fn inherit(region: &Region) {
+    let start = std::ptr::NonNull::new(region.as_ptr().cast()).unwrap();
+    // SAFETY: changes neither content nor address of the region's own range.
+    unsafe { nix::sys::mman::madvise(start, region.len(), nix::sys::mman::MmapAdvise::MADV_DOFORK) }.unwrap();
+}
+
+/// What a child of fork(2) finds in the first byte of a page: the byte, or the signal that the touch raised.
+fn seen_by_a_child(region: &Region, page: u64) -> Result<i32, i32> {
+    let address = address_of(region, page) as *const u8;
+    // SAFETY: the child only reads a byte and ends: both are safe after a fork of a program with threads.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: inherited, so mapped; a signal is one of the answers.
+        unsafe { libc::_exit(address.read_volatile().into()) };
+    }
+    let mut status = 0;
+    // SAFETY: `status` is valid for the call.
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    if libc::WIFEXITED(status) { Ok(libc::WEXITSTATUS(status)) } else { Err(libc::WTERMSIG(status)) }
+}
+
+#[test]
+fn a_forked_child_gets_what_was_there_and_a_signal_for_the_rest() {
+    if !uffd_with_forks() {
+        return;
+    }
+    in_child("a_forked_child_gets_what_was_there_and_a_signal_for_the_rest", "fork", || {
+        let _watchdog = watchdog();
+        let store = gated(32);
+        let region = page_by_page(&store);
+        inherit(&region);
+        store.open();
+        assert_page(&region, 4);
+        region.write_at(4 * PAGE as u64, &[77]).unwrap();
+        region.discard(6 * PAGE as u64..7 * PAGE as u64).unwrap();
+        assert_eq!(seen_by_a_child(&region, 4), Ok(77));
+        assert_eq!(seen_by_a_child(&region, 6), Ok(0));
+        for page in [0, 5, 31] {
+            assert_eq!(seen_by_a_child(&region, page), Err(libc::SIGBUS), "page {page}");
+        }
+        // Here they still come.
+        (0..32).filter(|page| ![4, 6].contains(page)).for_each(|page| assert_page(&region, page));
+    })
+    .ends_well();
+}
+
+#[test]
+fn a_forked_child_gets_a_signal_for_what_is_lost() {
+    if !uffd_with_forks() {
+        return;
+    }
+    in_child("a_forked_child_gets_a_signal_for_what_is_lost", "fork", || {
+        let _watchdog = watchdog();
+        let store = gated(8);
+        store.open();
+        store.fail_next(usize::MAX, unreachable());
+        let loss = LossPolicy { keep_trying: Duration::ZERO, then: OnLoss::Poison };
+        let region = Region::builder().store(store).pager(&pager()).loss(loss).open().unwrap();
+        inherit(&region);
+        assert!(peek(address_of(&region, 3)).is_err());
+        assert_eq!(region.residency().lost, 8);
+        // Nothing is resident, and fork(2) copies no page tables of such a mapping.
+        assert_eq!(seen_by_a_child(&region, 3), Err(libc::SIGBUS));
+    })
+    .ends_well();
+}
+
+#[test]
+fn what_was_moved_out_of_a_region_is_poisoned_when_it_ends() {
+    use nix::sys::mman::{MRemapFlags, mremap};
+    if !uffd_with_poison() {
+        return;
+    }
+    in_child("what_was_moved_out_of_a_region_is_poisoned_when_it_ends", "move", || {
+        let _watchdog = watchdog();
+        let store = gated(16);
+        let region = page_by_page(&store);
+        let from = std::ptr::NonNull::new(address_of(&region, 8) as *mut std::ffi::c_void).unwrap();
+        // DONTUNMAP keeps the addresses taken until the region's drop.
+        let flags = MRemapFlags::MREMAP_MAYMOVE | MRemapFlags::MREMAP_DONTUNMAP;
+        // SAFETY: the pages belong to the region, and nobody refers to them.
+        let moved = unsafe { mremap(from, 8 * PAGE, 8 * PAGE, flags, None) }.unwrap().as_ptr() as usize;
+        let waits = std::thread::spawn(move || peek(moved + 5 * PAGE));
+        block_on(store.arrived(1));
+        store.open();
+        assert_same(13, &waits.join().unwrap().unwrap(), &page_bytes(13));
+        store.close();
+        let waits = std::thread::spawn(move || peek(moved + 6 * PAGE));
+        block_on(store.arrived(1));
+        drop(region);
+        assert!(waits.join().unwrap().is_err(), "who waited in what was moved got no signal");
+        assert_same(13, &peek(moved + 5 * PAGE).unwrap(), &page_bytes(13));
+        assert!(peek(moved).is_err(), "a page that was missing can be read");
+    })
+    .ends_well();
 }
 
 fn threads() -> usize {

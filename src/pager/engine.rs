@@ -24,7 +24,7 @@ use std::{
     collections::{HashMap, VecDeque},
     io,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 use tokio::{
@@ -46,9 +46,9 @@ pub(crate) struct Engine {
     pub(super) settle: Arc<Notify>,
     pub(super) gather: Arc<Gather>,
     pub(super) installer: Mutex<Option<Arc<Installer>>>,
-    /// Makes the next turn of the message loop panic.
+    /// Makes the next turn of a loop panic.
     #[cfg(test)]
-    pub(super) panic_next: std::sync::atomic::AtomicBool,
+    pub(super) panic_next: AtomicBool,
 }
 
 impl Drop for Engine {
@@ -80,6 +80,8 @@ pub(crate) struct Entry {
     pub(super) outage: Outage,
     /// The error by which pages were given up, if any were.
     pub(super) cause: Option<StoreError>,
+    /// Whether pages may be lost: set before the first one is poisoned.
+    pub(crate) any_lost: Arc<AtomicBool>,
     pub(super) counters: Arc<Counters>,
     pub(super) events: broadcast::Sender<RegionEvent>,
     /// Told whenever pages became resident or lost.
@@ -97,8 +99,8 @@ impl Entry {
         events: broadcast::Sender<RegionEvent>,
         mapping: Weak<Mapping>,
     ) -> Entry {
-        let (outage, changed) = (Outage::default(), Arc::new(Notify::new()));
-        Entry { name, core, store, loss, outage, cause: None, counters, events, changed, mapping }
+        let (outage, any_lost, changed) = (Outage::default(), Arc::default(), Arc::new(Notify::new()));
+        Entry { name, core, store, loss, outage, cause: None, any_lost, counters, events, changed, mapping }
     }
 
     pub(crate) fn residency(&self) -> &Residency {
@@ -227,8 +229,6 @@ impl Engine {
         let read = {
             let mut guard = self.lock();
             let state = &mut *guard;
-            #[cfg(test)]
-            assert!(!self.panic_next.swap(false, std::sync::atomic::Ordering::Relaxed), "the test wants a panic here");
             messages.clear();
             let read = self.uffd.read_all(buffer, messages);
             let read_at = Instant::now();
@@ -320,7 +320,12 @@ impl Engine {
 
     /// A turn of a loop of the pager; `None` if it panicked.
     fn turn<T>(&self, turn: impl FnOnce() -> T) -> Option<T> {
-        let done = catch_unwind(AssertUnwindSafe(turn)).ok();
+        let done = catch_unwind(AssertUnwindSafe(|| {
+            #[cfg(test)]
+            assert!(!self.panic_next.swap(false, std::sync::atomic::Ordering::Relaxed), "the test wants a panic here");
+            turn()
+        }))
+        .ok();
         if done.is_none() {
             tracing::error!("the pager panicked; all missing pages are poisoned");
             if catch_unwind(AssertUnwindSafe(|| self.rescue())).is_err() {

@@ -105,8 +105,9 @@ impl Engine {
                 Err(error) => error,
             };
             let ask = Ask { region: id, extent, origin: Origin::Pull, store, read_at: Instant::now() };
-            let since = *failing_since.get_or_insert_with(Instant::now);
-            let after = strong.failed(&ask, Failure { error, attempt, since });
+            let at = Instant::now();
+            let since = *failing_since.get_or_insert(at);
+            let after = strong.failed(&ask, Failure { error, attempt, at, since });
             drop(strong);
             attempt += 1;
             if let After::Retry { wait, failing_since: since, .. } = after {

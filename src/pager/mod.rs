@@ -16,6 +16,8 @@ mod place;
 mod requests;
 mod residency;
 mod retry;
+#[cfg(test)]
+mod tests;
 
 use crate::{
     PagerOptions, RegionError, Service,

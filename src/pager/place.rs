@@ -16,7 +16,7 @@ use crate::{
     sys::{Features, Userfault},
 };
 use bytes::Bytes;
-use std::time::Instant;
+use std::{sync::atomic::Ordering, time::Instant};
 
 /// A fill that the kernel put off.
 pub(super) struct Again {
@@ -138,6 +138,10 @@ impl Engine {
 
     /// Makes pages that `core` has given up raise a signal, and wakes whoever waits for them.
     pub(super) fn poison(&self, state: &mut State, id: RegionId, extent: Extent) {
+        if let Some(entry) = state.regions.get(&id) {
+            // First: whoever is woken by the poison may ask at once whether anything is lost.
+            entry.any_lost.store(true, Ordering::Release);
+        }
         if self.uffd.features().contains(Features::POISON) {
             return self.install(state, id, extent, &Owned::Poison, Origin::Demand);
         }

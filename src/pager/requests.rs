@@ -71,6 +71,7 @@ pub(super) enum After {
 pub(super) struct Failure {
     pub(super) error: StoreError,
     pub(super) attempt: u32,
+    pub(super) at: Instant,
     /// Since when reads of these pages fail without a break.
     pub(super) since: Instant,
 }
@@ -182,7 +183,7 @@ impl Engine {
 
     /// A read failed: again, or the loss policy's last word.
     pub(super) fn failed(&self, ask: &Ask, failure: Failure) -> After {
-        let Failure { error, attempt, since } = failure;
+        let Failure { error, attempt, at, since } = failure;
         let mut guard = self.lock();
         let Some(entry) = guard.regions.get_mut(&ask.region) else { return After::Done };
         let unwanted = ask.origin != Origin::Pull && entry.core.arrived(ask.extent, ask.origin).is_empty();
@@ -201,7 +202,7 @@ impl Engine {
                 tracing::warn!(region = entry.name, %error, "the store is away; reads are repeated");
                 let _ = entry.events.send(RegionEvent::StoreAway { cause: error.clone() });
             }
-            match entry.outage.failed(Instant::now(), since, entry.loss.keep_trying, attempt, ask.extent.first()) {
+            match entry.outage.failed(at, since, entry.loss.keep_trying, attempt, ask.extent.first()) {
                 Next::RetryAfter(wait) => {
                     add(&entry.counters.retries, 1);
                     return After::Retry { wait, store: entry.store.clone(), failing_since: Some(since) };
@@ -361,14 +362,16 @@ impl Outstanding {
                 }
             };
             let within = Outage::answer_within(asked_at, failing_since, patience);
-            let read = match tokio::time::timeout(within, read).await {
-                Ok(read) => read.map_err(|error| (error, Instant::now())),
-                Err(_) => Err((no_answer(within), asked_at)),
-            };
+            let read = tokio::time::timeout(within, read).await;
             let Some(engine) = self.engine.upgrade() else { break };
-            let read = read.and_then(|runs| checked(extent, runs, engine.page).map_err(|error| (error, Instant::now())));
-            let read =
-                read.map_err(|(error, failed_at)| Failure { error, attempt, since: *failing_since.get_or_insert(failed_at) });
+            let read = match read {
+                Ok(read) => read.and_then(|runs| checked(extent, runs, engine.page)).map_err(|error| (error, None)),
+                Err(_) => Err((no_answer(within), Some(asked_at))),
+            };
+            let read = read.map_err(|(error, began)| {
+                let at = Instant::now();
+                Failure { error, attempt, at, since: *failing_since.get_or_insert(began.unwrap_or(at)) }
+            });
             match engine.reply(&self.ask, asked_at, read) {
                 After::Done => break,
                 After::Retry { wait, store, failing_since: since } => {

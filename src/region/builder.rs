@@ -153,9 +153,10 @@ impl RegionBuilder {
                 let events = broadcast::Sender::new(EVENTS_KEPT);
                 let weak = Arc::downgrade(&mapping);
                 let entry = Entry::new(self.name.clone(), core, store, self.loss, Arc::clone(&counters), events.clone(), weak);
+                let any_lost = entry.any_lost.clone();
                 let joined = pager.engine().join(mapping.address(), entry);
                 let id = joined.map_err(|error| RegionError::system("registering with userfaultfd", error))?;
-                Some(Paged { pager, id, counters, events })
+                Some(Paged { pager, id, counters, any_lost, events })
             }
         };
         Ok(Region {

@@ -18,7 +18,7 @@ use std::{
     ops::Range,
     sync::{
         Arc, Weak,
-        atomic::{AtomicU32, AtomicU64},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
 };
 use tokio::sync::broadcast;
@@ -82,6 +82,7 @@ struct Paged {
     pager: Pager,
     id: RegionId,
     counters: Arc<Counters>,
+    any_lost: Arc<AtomicBool>,
     events: broadcast::Sender<RegionEvent>,
 }
 
@@ -343,7 +344,7 @@ impl Region {
 
     fn refuse_lost(&self, offset: u64, len: usize) -> Result<(), RegionError> {
         let Some(paged) = &self.inner.paged else { return Ok(()) };
-        if paged.counters.pages_poisoned.load(std::sync::atomic::Ordering::Relaxed) == 0 {
+        if !paged.any_lost.load(Ordering::Acquire) {
             return Ok(());
         }
         let Some(extent) = self.inner.page.extent_of(offset, len as u64) else { return Ok(()) };

@@ -20,7 +20,7 @@ pub const PAGE: usize = 4096;
 pub const KIB_4: PageSize = PageSize::KIB_4;
 
 /// Far longer than anything here takes, on a busy machine too.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Whether regions can have a store here. Where they cannot, the test says so and must return; with `REQUIRE_UFFD=1` it fails instead.
 #[must_use]
@@ -41,6 +41,15 @@ pub fn uffd_in_system_calls() -> bool {
 pub fn uffd_with_poison() -> bool {
     let found = Capabilities::probe();
     uffd_in_system_calls() && permitted(found.poison(), &found.to_string())
+}
+
+/// The same for tests of what forked children see: the kernel tells only some of forks (UFFDIO_API(2const), UFFD_FEATURE_EVENT_FORK).
+#[must_use]
+pub fn uffd_with_forks() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+    let cap_sys_ptrace = u64::from_str_radix(effective.trim(), 16).unwrap() >> 19 & 1 == 1;
+    uffd_with_poison() && permitted(cap_sys_ptrace, "fork events need CAP_SYS_PTRACE")
 }
 
 fn permitted(yes: bool, found: &str) -> bool {
@@ -65,8 +74,9 @@ pub fn watchdog() -> Watchdog {
     let (alive, ended) = mpsc::channel();
     let name = std::thread::current().name().unwrap_or("a test").to_owned();
     std::thread::spawn(move || {
-        if ended.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
-            eprintln!("*** {name} hangs: no end within {PATIENCE:?}");
+        // Later than the test's own patience ends: its message says more.
+        if ended.recv_timeout(PATIENCE * 2) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("*** {name} hangs");
             std::process::abort();
         }
     });
@@ -216,7 +226,7 @@ pub fn in_child(test: &str, name: &str, scene: impl FnOnce()) -> Scene {
         Err(_) => {}
     }
     let output = Command::new("timeout")
-        .arg(PATIENCE.as_secs().to_string())
+        .arg((PATIENCE * 3).as_secs().to_string())
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
         .env(PLAYING, name)

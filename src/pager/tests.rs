@@ -1,0 +1,139 @@
+//! The pager against the kernel, where a test must reach inside: panics, and orders of events that only a held lock makes certain.
+//!
+//! What a thread sees is looked at through process_vm_readv(2), which answers with an errno where the thread would get a signal.
+
+use super::{Engine, address_map::Segment};
+use crate::{Capabilities, Extent, FaultAround, MemoryStore, PageSize, Pager, PagerOptions, Region, RegionError, testing::Gated};
+use nix::{
+    errno::Errno,
+    sys::uio::{RemoteIoVec, process_vm_readv},
+};
+use std::{
+    io::IoSliceMut,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::{Duration, Instant},
+};
+
+const PAGE: usize = 4096;
+const PAGES: usize = 16;
+
+/// A region on a pager of its own, whose store holds the page's number plus one in each byte; `None` where this is not permitted.
+fn open() -> Option<(Region, Gated<MemoryStore>, Pager)> {
+    let found = Capabilities::probe();
+    if !(found.faults_in_system_calls() && found.poison() && crate::sys::page_size() == PageSize::KIB_4) {
+        assert!(std::env::var_os("REQUIRE_UFFD").is_none_or(|value| value != "1"), "REQUIRE_UFFD=1, but: {found}");
+        eprintln!("*** SKIPPED, NOTHING WAS TESTED: {found}");
+        return None;
+    }
+    let bytes: Vec<u8> = (0..PAGES * PAGE).map(|at| (at / PAGE) as u8 + 1).collect();
+    let store = Gated::new(MemoryStore::from_bytes(bytes, PageSize::KIB_4));
+    let pager = Pager::start(&PagerOptions::default()).unwrap();
+    let region = Region::builder().store(store.clone()).pager(&pager).fault_around(FaultAround::OFF).open().unwrap();
+    Some((region, store, pager))
+}
+
+fn address_of(region: &Region, page: usize) -> usize {
+    region.as_ptr() as usize + page * PAGE
+}
+
+fn peek(region: &Region, page: usize) -> Result<Vec<u8>, Errno> {
+    let mut bytes = vec![0xEE; PAGE];
+    let remote = [RemoteIoVec { base: address_of(region, page), len: PAGE }];
+    process_vm_readv(nix::unistd::Pid::this(), &mut [IoSliceMut::new(&mut bytes)], &remote).map(|_| bytes)
+}
+
+#[track_caller]
+fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < Duration::from_secs(20), "not in time: {what}");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+#[test]
+fn after_a_panic_of_the_loop_no_page_reads_as_zeros_and_no_thread_waits() {
+    let Some((region, store, pager)) = open() else { return };
+    let engine: &Arc<Engine> = pager.engine();
+    store.release(1);
+    assert_eq!(peek(&region, 4), Ok(vec![5; PAGE]));
+    let waits = |page: usize| {
+        let region = region.clone();
+        std::thread::spawn(move || peek(&region, page))
+    };
+    let waits_before = waits(1);
+    until("page 1 is asked for", || store.waiting() == [Extent::page(1)]);
+    engine.panic_next.store(true, Relaxed);
+    let makes_it_turn = waits(2);
+    for thread in [waits_before, makes_it_turn] {
+        thread.join().unwrap().unwrap_err();
+    }
+    assert_eq!((region.residency().lost, region.residency().missing()), (PAGES as u64 - 1, 0));
+    // A reply that comes now is too late, and what was here stays.
+    store.open();
+    peek(&region, 1).unwrap_err();
+    assert_eq!(peek(&region, 4), Ok(vec![5; PAGE]));
+    assert!(matches!(region.read_at(9 * PAGE as u64, &mut [0]), Err(RegionError::Lost { .. })));
+    assert!(matches!(region.populate_blocking(0..1), Err(RegionError::Lost { .. })));
+    // What the program discards is its own again, so the loop still runs; new regions are refused.
+    region.discard(0..PAGE as u64).unwrap();
+    assert_eq!(peek(&region, 0), Ok(vec![0; PAGE]));
+    assert!(Region::builder().store(store).pager(&pager).open().is_err());
+}
+
+/// A fault at a place where pages have moved to, read before the message that says so.
+#[test]
+fn a_fault_that_the_kernel_put_off_is_decided_by_what_is_there_then() {
+    let Some((region, store, pager)) = open() else { return };
+    store.open();
+    let engine: &Arc<Engine> = pager.engine();
+    let address = address_of(&region, 7);
+    let mut state = engine.lock();
+    let discarding = {
+        let region = region.clone();
+        std::thread::spawn(move || region.discard(0..PAGE as u64).unwrap())
+    };
+    // The pager cannot read the message of the discard, so from now on the kernel puts every install off.
+    until("the discard has begun", || !engine.uffd.is_quiet());
+    let [(_, Segment { region: id, extent })] = state.map.remove(address as u64, PAGE as u64)[..] else {
+        panic!("not one segment")
+    };
+    let mut asks = Vec::new();
+    engine.fault(&mut state, address, Instant::now(), &mut asks);
+    assert_eq!((state.again.len(), asks.len()), (1, 0));
+    state.map.insert(address as u64, Segment { region: id, extent });
+    drop(state);
+    discarding.join().unwrap();
+    until("nothing is put off any more", || engine.lock().again.is_empty());
+    assert_eq!(peek(&region, 7), Ok(vec![8; PAGE]));
+    assert_eq!(peek(&region, 0), Ok(vec![0; PAGE]));
+}
+
+/// Bytes and zeros that the kernel puts off land later, each where it belongs.
+#[test]
+fn what_the_kernel_puts_off_lands_later() {
+    let Some((region, store, pager)) = open() else { return };
+    let engine: &Arc<Engine> = pager.engine();
+    region.discard(3 * PAGE as u64..4 * PAGE as u64).unwrap();
+    let threads = [2, 3].map(|page| {
+        let region = region.clone();
+        std::thread::spawn(move || peek(&region, page))
+    });
+    until("page 2 is asked for", || store.waiting() == [Extent::page(2)]);
+    let mut state = engine.lock();
+    let discarding = {
+        let region = region.clone();
+        std::thread::spawn(move || region.discard(0..PAGE as u64).unwrap())
+    };
+    until("the discard has begun", || !engine.uffd.is_quiet());
+    let id = state.map.find(address_of(&region, 2) as u64).unwrap().0;
+    let bytes = super::place::Owned::Bytes(vec![3; PAGE].into());
+    engine.install(&mut state, id, Extent::page(2), &bytes, super::core::Origin::Demand);
+    assert_eq!((state.again.len(), state.regions[&id].counters.snapshot().installs_again), (1, 1));
+    drop(state);
+    discarding.join().unwrap();
+    let [two, three] = threads.map(|thread| thread.join().unwrap());
+    assert_eq!((two, three), (Ok(vec![3; PAGE]), Ok(vec![0; PAGE])));
+    store.open();
+    until("the reply is found stale", || region.stats().pages_stale == 1);
+}
