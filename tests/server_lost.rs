@@ -240,6 +240,23 @@ async fn a_server_that_comes_back_is_reconnected_to_and_no_page_is_lost() {
     assert_eq!((region.residency().missing(), region.residency().lost), (0, 0));
 }
 
+/// The new server is not asked to wait for the old one's connections to time out: it tells their clients at once that they are gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_server_is_noticed_long_before_the_idle_time_out() {
+    if !userfaultfd() {
+        return;
+    }
+    let (stage, mut server) = Stage::start(THREADS);
+    let idle_timeout = Duration::from_secs(60);
+    let slow = TransportOptions { idle_timeout, answer_timeout: idle_timeout, ..impatient() };
+    let (_pager, region) = stage.region(LossPolicy::default(), slow).await;
+    let threads = touch(&region);
+    server.until("holding");
+    server.kill();
+    let (_server, _) = stage.server(0);
+    join_within(Instant::now(), BOUND, threads);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pull_goes_on_with_the_server_that_comes_back() {
     if !userfaultfd() {
