@@ -185,7 +185,7 @@ impl<'a> ServerBuilder<'a> {
         let crypto = tls::server_config(self.identity, &self.trust, &[tls::ALPN])?;
         let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
         config.transport_config(Arc::new(self.options.quinn()?));
-        let endpoint = self.options.endpoint(address, Some(config), &PrivateRuntime::of(&service))?;
+        let endpoint = self.options.endpoint(address, Some((config, self.identity)), &PrivateRuntime::of(&service))?;
         let local = endpoint.local_addr().map_err(|error| socket("looking up the local address of", error))?;
         let shared = Arc::new(Shared {
             trust: self.trust,

@@ -72,19 +72,22 @@ pub fn content(page: u64) -> &'static [u8] {
 
 /// The content of an extent.
 pub fn contents(extent: Extent) -> &'static [u8] {
-    static WORLD: LazyLock<Vec<u8>> = LazyLock::new(|| (0..WORLD_PAGES_MAX).flat_map(make_content).collect());
+    static WORLD: LazyLock<Vec<u8>> = LazyLock::new(|| (0..WORLD_PAGES_MAX).map(make_content).collect::<Vec<_>>().concat());
     &WORLD[extent.first() as usize * PAGE..extent.end() as usize * PAGE]
 }
 
 fn make_content(page: u64) -> Vec<u8> {
+    let mut bytes = vec![0; PAGE];
     match page / 3 % 3 {
-        0 => vec![0; PAGE],
+        0 => {}
         1 => {
             let mut random = Random(page);
-            (0..PAGE / 8).flat_map(|_| random.next().to_le_bytes()).collect()
+            bytes.as_chunks_mut().0.iter_mut().for_each(|word| *word = random.next().to_le_bytes());
         }
-        _ => format!("page {page} says little that is new; ").into_bytes().into_iter().cycle().take(PAGE).collect(),
+        _ => bytes = format!("page {page} says little that is new; ").repeat(PAGE / 32).into_bytes(),
     }
+    bytes.truncate(PAGE);
+    bytes
 }
 
 /// A store of so many pages of [`content`].
