@@ -9,6 +9,7 @@ mod identity;
 mod lane;
 mod peer;
 mod pull;
+mod remote;
 mod serve;
 mod server;
 mod stream;
@@ -17,7 +18,8 @@ mod transport;
 pub(crate) mod wire;
 
 pub use identity::{Identity, IdentityError, PeerId, PeerIdError};
-pub use peer::{Peer, PeerBuilder, RemoteStore};
+pub use peer::{Peer, PeerBuilder};
+pub use remote::RemoteStore;
 pub(crate) use server::{Extension, TakeStream};
 pub use server::{Grant, Server, ServerBuilder};
 pub(crate) use stream::{FrameReader, FrameWriter, StreamError};

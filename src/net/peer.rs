@@ -1,26 +1,24 @@
-//! The client's end of a connection, and the regions of a peer as stores.
+//! The client's end of a connection.
 //!
-//! Role: hops *request* and *reply*. Neighbours: a pager reads [`RemoteStore`]s; `lane` and `pull` carry the requests. Invariants: everything runs on the peer's
+//! Role: hops *request* and *reply*. Neighbours: `remote` asks it for lanes; `lane` and `pull` carry the requests. Invariants: everything runs on the peer's
 //! service, also when a caller's own runtime asks (S2); a lost connection is an error at once and is dialled again by the next request (S3 is
 //! the pager's policy); a peer is who its key says or nobody (S7).
 
 use super::{
     identity::{Identity, PeerId},
-    lane::{CONTROL_PRIORITY, Lane},
-    pull::RemotePull,
-    stream::{FrameReader, FrameWriter},
+    lane::{CONTROL_PRIORITY, Lane, Setting},
+    remote::RemoteStore,
+    stream::{FrameReader, FrameWriter, StreamError},
     tls::{self, Trust},
     transport::{PrivateRuntime, TransportOptions},
-    wire::{Access, Agent, Class, EncodedRun, Frame, Name, PROTOCOL_VERSION, PullExtents, RunExtent},
+    wire::{Access, Agent, Class, Frame, Name, PROTOCOL_VERSION},
 };
-use crate::{Extent, Hops, NetError, PageSize, PageStore, Pull, ReadAfterRead, Run, Service, StoreError};
-use async_trait::async_trait;
-use bytes::Bytes;
+use crate::{Hops, NetError, PageSize, Service, StoreError};
 use std::{
     collections::HashMap,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// A connection to a server, dialled again when it is lost. Cheap to clone; closed with its last clone and last [`RemoteStore`].
@@ -37,21 +35,19 @@ use std::{
 /// ```
 #[derive(Clone)]
 pub struct Peer {
-    inner: Arc<Inner>,
+    pub(super) inner: Arc<Inner>,
 }
 
-struct Inner {
+pub(super) struct Inner {
     address: SocketAddr,
     trusted: Trust,
-    name: String,
     own: PeerId,
-    options: TransportOptions,
-    service: Service,
+    pub(super) options: TransportOptions,
+    pub(super) setting: Setting,
     endpoint: quinn::Endpoint,
     link: Mutex<Option<Arc<Link>>>,
-    /// Held while dialling, so that many waiters dial once.
-    dialling: tokio::sync::Mutex<()>,
-    hops: Arc<Hops>,
+    /// Held while dialling, so that many waiters dial once; when an attempt failed last, and how.
+    dialling: tokio::sync::Mutex<Option<(Instant, NetError)>>,
 }
 
 impl Drop for Inner {
@@ -61,20 +57,23 @@ impl Drop for Inner {
 }
 
 /// One live connection.
-struct Link {
-    connection: quinn::Connection,
+pub(super) struct Link {
+    pub(super) connection: quinn::Connection,
     control: tokio::sync::Mutex<(FrameWriter, FrameReader)>,
     lanes: [Mutex<Vec<Arc<Lane>>>; 3],
+    /// Held while a lane is opened, so that there are no more of them than may be.
+    opening: tokio::sync::Mutex<()>,
     /// Numbers of regions opened on this connection.
     regions: Mutex<HashMap<String, Opened>>,
 }
 
+/// A region of the peer as it was opened on one connection.
 #[derive(Clone, Copy)]
-struct Opened {
-    region: u32,
-    access: Access,
-    page: PageSize,
-    size_bytes: u64,
+pub(super) struct Opened {
+    pub(super) region: u32,
+    pub(super) access: Access,
+    pub(super) page: PageSize,
+    pub(super) size_bytes: u64,
 }
 
 /// How many lanes of each class may be open. Demand: one a thread of the largest machine is pointless; 16 keep 16 slow answers apart.
@@ -132,14 +131,17 @@ impl PeerBuilder<'_> {
             inner: Arc::new(Inner {
                 address: self.address,
                 trusted: self.trusted,
-                name: self.address.to_string(),
                 own: self.identity.peer_id(),
+                setting: Setting {
+                    service,
+                    hops: Arc::default(),
+                    peer: self.address.to_string().into(),
+                    answer_timeout: self.options.answer_timeout,
+                },
                 options: self.options,
-                service,
                 endpoint,
                 link: Mutex::new(None),
-                dialling: tokio::sync::Mutex::new(()),
-                hops: Arc::default(),
+                dialling: tokio::sync::Mutex::default(),
             }),
         };
         peer.on_service(|inner| async move { inner.link().await.map(|_| ()) }).await?;
@@ -175,14 +177,15 @@ impl Peer {
             value: name.to_owned(),
             allowed: error.to_string(),
         })?;
-        let opened = self.on_service(|inner| async move { inner.link().await?.open(&region).await }).await?;
-        Ok(RemoteStore { peer: self.clone(), name: name.to_owned(), page: opened.page, size_bytes: opened.size_bytes })
+        let name = region.clone();
+        let opened = self.on_service(|inner| async move { inner.link().await?.open(&inner, &name).await }).await?;
+        Ok(RemoteStore::new(self.clone(), region, opened))
     }
 
     /// Latency by hop of all requests on it: [`Hop::Request`](crate::Hop::Request), `Wire`, `Serve`, `Reply`.
     #[must_use]
     pub fn hops(&self) -> &Hops {
-        &self.inner.hops
+        &self.inner.setting.hops
     }
 
     /// The smoothed round trip; `None` while not connected.
@@ -200,14 +203,16 @@ impl Peer {
     /// The thread that carries it.
     #[must_use]
     pub fn service(&self) -> &Service {
-        &self.inner.service
+        &self.inner.setting.service
     }
 
     /// A stream of its own for a handover.
     pub(crate) async fn open_stream(&self) -> Result<(FrameWriter, FrameReader), NetError> {
         self.on_service(|inner| async move {
             let link = inner.link().await?;
-            let (send, receive) = link.connection.open_bi().await.map_err(|error| inner.lost(&error))?;
+            let opened = tokio::time::timeout(inner.options.answer_timeout, link.connection.open_bi()).await;
+            let (send, receive) =
+                opened.map_err(|_| inner.no_connection("the peer allows no more streams"))?.map_err(|error| inner.lost(&error))?;
             let writer = FrameWriter::new(send);
             writer.prioritise(CONTROL_PRIORITY);
             Ok((writer, FrameReader::new(receive)))
@@ -215,17 +220,14 @@ impl Peer {
         .await
     }
 
-    /// Runs on the service, whoever asks: connections and their tasks must not belong to a runtime whose threads may fault.
-    async fn on_service<T, F>(&self, work: impl FnOnce(Arc<Inner>) -> F) -> Result<T, NetError>
+    /// Runs on the service, whoever asks: connections and their tasks must not belong to a runtime whose threads may fault. A task of its own, so
+    /// that a caller who gives up does not cut an exchange on the control stream in half.
+    pub(super) async fn on_service<T, F>(&self, work: impl FnOnce(Arc<Inner>) -> F) -> Result<T, NetError>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, NetError>> + Send + 'static,
     {
-        let work = work(self.inner.clone());
-        if self.inner.service.is_current() {
-            return work.await;
-        }
-        self.inner.service.spawn(work).await.map_err(|_| NetError::Closed)?
+        self.inner.setting.service.spawn(work(self.inner.clone())).await.map_err(|_| NetError::Closed)?
     }
 }
 
@@ -240,31 +242,45 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Inner {
-    fn live(&self) -> Option<Arc<Link>> {
+    pub(super) fn live(&self) -> Option<Arc<Link>> {
         lock(&self.link).clone().filter(|link| link.connection.close_reason().is_none())
     }
 
     fn lost(&self, error: &quinn::ConnectionError) -> NetError {
-        let (address, waited) = (self.address, self.options.connect_timeout);
         match tls::rejection(error, self.own) {
-            Some(reason) => NetError::Rejected { address, reason },
-            None => NetError::NoConnection { address, waited, reason: error.to_string() },
+            Some(reason) => NetError::Rejected { address: self.address, reason },
+            None => self.no_connection(error.to_string()),
         }
     }
 
+    fn no_connection(&self, reason: impl Into<String>) -> NetError {
+        NetError::NoConnection { address: self.address, waited: self.options.connect_timeout, reason: reason.into() }
+    }
+
     /// The connection, dialled if there is none.
-    async fn link(&self) -> Result<Arc<Link>, NetError> {
+    pub(super) async fn link(&self) -> Result<Arc<Link>, NetError> {
         if let Some(link) = self.live() {
             return Ok(link);
         }
-        let _one_at_a_time = self.dialling.lock().await;
+        let asked_at = Instant::now();
+        let mut failed = self.dialling.lock().await;
         if let Some(link) = self.live() {
             return Ok(link);
         }
-        let (address, waited) = (self.address, self.options.connect_timeout);
-        let dialled = tokio::time::timeout(waited, self.dial()).await;
-        let late = |_| NetError::NoConnection { address, waited, reason: "no answer".into() };
-        let link = Arc::new(dialled.map_err(late)??);
+        // Whoever waited for an attempt shares its failure: one after the other, many would wait many time-outs.
+        if let Some((failed_at, error)) = &*failed
+            && *failed_at >= asked_at
+        {
+            return Err(error.clone());
+        }
+        let dialled = tokio::time::timeout(self.options.connect_timeout, self.dial()).await;
+        let link = match dialled.unwrap_or_else(|_| Err(self.no_connection("no answer"))) {
+            Ok(link) => Arc::new(link),
+            Err(error) => {
+                *failed = Some((Instant::now(), error.clone()));
+                return Err(error);
+            }
+        };
         *lock(&self.link) = Some(link.clone());
         Ok(link)
     }
@@ -294,6 +310,7 @@ impl Inner {
             connection,
             control: tokio::sync::Mutex::new((writer, reader)),
             lanes: Default::default(),
+            opening: tokio::sync::Mutex::default(),
             regions: Mutex::default(),
         })
     }
@@ -304,174 +321,63 @@ pub(super) const VERSION: u16 = PROTOCOL_VERSION as u16;
 pub(super) const AGENT: &str = concat!("pageferry/", env!("CARGO_PKG_VERSION"));
 
 impl Link {
-    async fn open(&self, name: &Name) -> Result<Opened, NetError> {
-        if let Some(opened) = lock(&self.regions).get(&***name) {
-            return Ok(*opened);
+    /// The region, if it was opened on this connection.
+    pub(super) fn opened(&self, name: &Name) -> Option<Opened> {
+        lock(&self.regions).get(&***name).copied()
+    }
+
+    pub(super) async fn open(&self, inner: &Inner, name: &Name) -> Result<Opened, NetError> {
+        if let Some(opened) = self.opened(name) {
+            return Ok(opened);
         }
         let mut control = self.control.lock().await;
         let (writer, reader) = &mut *control;
-        let protocol = |error: super::stream::StreamError| NetError::Protocol(error.to_string());
-        writer.send(&Frame::Open { name: name.clone() }).await.map_err(protocol)?;
-        match reader.next().await.map_err(protocol)? {
-            Some(Frame::Opened { region, access, page_size, size_bytes }) => {
+        let exchange = async {
+            writer.send(&Frame::Open { name: name.clone() }).await?;
+            reader.next().await
+        };
+        let answer = match tokio::time::timeout(inner.options.answer_timeout, exchange).await {
+            Ok(Ok(Some(Frame::Opened { region, access, page_size, size_bytes }))) => {
                 let opened = Opened { region, access, page: page_size, size_bytes };
                 lock(&self.regions).insert((***name).to_owned(), opened);
-                Ok(opened)
+                return Ok(opened);
             }
-            Some(Frame::Failed { code, message }) => Err(NetError::Refused { code: code.into(), message: message.to_string() }),
-            other => Err(NetError::Protocol(format!("OPENED was expected, got {:?}", other.map(|frame| frame.kind().name())))),
-        }
+            Ok(Ok(Some(Frame::Failed { code, message }))) => {
+                return Err(NetError::Refused { code: code.into(), message: message.to_string() });
+            }
+            Ok(Ok(Some(other))) => NetError::Protocol(format!("OPENED was expected, got {}", other.kind().name())),
+            Ok(Err(StreamError::Wire(error))) => NetError::Protocol(error.to_string()),
+            Ok(Err(StreamError::Ended(reason))) => inner.no_connection(reason),
+            Ok(Ok(None)) => inner.no_connection("the peer ended the control stream"),
+            Err(_) => inner.no_connection("no answer to OPEN on a connection that is alive"),
+        };
+        // Whatever comes now on the control stream answers nothing any more.
+        self.connection.close(0u32.into(), b"the control stream is out of step");
+        Err(answer)
     }
 
     /// An idle lane, a new one, or the least loaded.
-    async fn lane(&self, inner: &Inner, class: Class) -> Result<Arc<Lane>, StoreError> {
+    pub(super) async fn lane(&self, inner: &Inner, class: Class) -> Result<Arc<Lane>, StoreError> {
         let slot = &self.lanes[class as usize];
-        {
+        let pick = || {
             let mut lanes = lock(slot);
             lanes.retain(|lane| !lane.ended());
-            let least = lanes.iter().min_by_key(|lane| lane.load());
-            if let Some(lane) = least
-                && (lane.load() == 0 || lanes.len() >= LANES_MAX[class as usize])
-            {
-                return Ok(lane.clone());
-            }
+            let least = lanes.iter().min_by_key(|lane| lane.load())?;
+            (least.load() == 0 || lanes.len() >= LANES_MAX[class as usize]).then(|| least.clone())
+        };
+        if let Some(lane) = pick() {
+            return Ok(lane);
         }
-        let lane = Lane::open(&self.connection, class, &inner.service, inner.hops.clone(), &inner.name).await?;
+        let _one_at_a_time = self.opening.lock().await;
+        if let Some(lane) = pick() {
+            return Ok(lane);
+        }
+        let opened = inner.setting.within("opening a stream", Lane::open(&self.connection, class, inner.setting.clone())).await;
+        let lane = opened.inspect_err(|_| {
+            // Streams that the peer never answered have used up what it allows: only a new connection has more.
+            self.connection.close(0u32.into(), b"no stream");
+        })??;
         lock(slot).push(lane.clone());
         Ok(lane)
-    }
-}
-
-/// A region of a peer as a [`PageStore`]: pages come over QUIC, from a connection that is dialled again when it is lost.
-///
-/// See [`Peer::open`].
-#[derive(Clone, Debug)]
-pub struct RemoteStore {
-    peer: Peer,
-    name: String,
-    page: PageSize,
-    size_bytes: u64,
-}
-
-/// How much one READ asks for.
-const READ_MAX_BYTES: u64 = 1 << 20;
-
-impl RemoteStore {
-    /// The peer it belongs to.
-    #[must_use]
-    pub fn peer(&self) -> &Peer {
-        &self.peer
-    }
-
-    fn unreachable(&self, error: NetError) -> StoreError {
-        match error {
-            NetError::Refused { code, message } => StoreError::Refused { code, message },
-            NetError::Protocol(what) => StoreError::Protocol(what),
-            other => StoreError::Unreachable { peer: self.peer.inner.name.clone(), reason: other.to_string() },
-        }
-    }
-
-    /// The connection, and this region on it.
-    async fn opened(&self) -> Result<(Arc<Link>, Opened), StoreError> {
-        if let Some(link) = self.peer.inner.live() {
-            let opened = lock(&link.regions).get(&self.name).copied();
-            if let Some(opened) = opened {
-                return Ok((link, opened));
-            }
-        }
-        let name = Name::new(self.name.as_str()).map_err(|error| StoreError::Protocol(error.to_string()))?;
-        let work = |inner: Arc<Inner>| async move {
-            let link = inner.link().await?;
-            let opened = link.open(&name).await?;
-            Ok((link, opened))
-        };
-        let (link, opened) = self.peer.on_service(work).await.map_err(|error| self.unreachable(error))?;
-        if opened.size_bytes != self.size_bytes || opened.page != self.page {
-            return Err(StoreError::Protocol(format!(
-                "region {:?} has {} bytes now and had {} when it was opened",
-                self.name, opened.size_bytes, self.size_bytes
-            )));
-        }
-        Ok((link, opened))
-    }
-
-    async fn read_class(&self, extent: Extent, class: Class) -> Result<Vec<Run>, StoreError> {
-        self.check(extent)?;
-        let mut runs = Vec::new();
-        for part in extent.chunks(READ_MAX_BYTES / self.page.bytes()) {
-            let (link, opened) = self.opened().await?;
-            let lane = self.lane(&link, class).await?;
-            let part_extent = RunExtent::new(part).map_err(|error| StoreError::Protocol(error.to_string()))?;
-            let request = Frame::Read { region: opened.region, extent: part_extent };
-            let answer = lane.ask(&request, Some(part), self.page).await?;
-            if runs.is_empty() {
-                runs = answer;
-            } else {
-                runs.extend(answer);
-            }
-        }
-        Ok(runs)
-    }
-
-    async fn lane(&self, link: &Arc<Link>, class: Class) -> Result<Arc<Lane>, StoreError> {
-        link.lane(&self.peer.inner, class).await
-    }
-}
-
-#[async_trait]
-impl PageStore for RemoteStore {
-    fn size(&self) -> u64 {
-        self.size_bytes
-    }
-
-    fn page_size(&self) -> PageSize {
-        self.page
-    }
-
-    async fn read(&self, extent: Extent) -> Result<Vec<Run>, StoreError> {
-        self.read_class(extent, Class::Demand).await
-    }
-
-    async fn read_behind(&self, extent: Extent) -> Result<Vec<Run>, StoreError> {
-        self.read_class(extent, Class::Behind).await
-    }
-
-    async fn write(&self, extent: Extent, bytes: &[u8]) -> Result<(), StoreError> {
-        self.check_write(extent, bytes)?;
-        let page_len = self.page.len();
-        for part in extent.chunks(READ_MAX_BYTES / self.page.bytes()) {
-            let (link, opened) = self.opened().await?;
-            if opened.access == Access::Read {
-                return Err(StoreError::ReadOnly);
-            }
-            #[allow(clippy::cast_possible_truncation, reason = "inside `bytes`, whose length was checked against the extent")]
-            let (from, len) = ((part.first() - extent.first()) as usize * page_len, part.count() as usize * page_len);
-            let content = crate::Content::Bytes(Bytes::copy_from_slice(&bytes[from..from + len]));
-            let (encoding, content) = super::codec::encode_run(content, self.peer.inner.options.compress);
-            let run = EncodedRun::new(part, encoding, content).map_err(|error| StoreError::Protocol(error.to_string()))?;
-            let lane = self.lane(&link, Class::Background).await?;
-            lane.ask(&Frame::Write { region: opened.region, run }, None, self.page).await?;
-        }
-        Ok(())
-    }
-
-    async fn flush(&self) -> Result<(), StoreError> {
-        let (link, opened) = self.opened().await?;
-        let lane = self.lane(&link, Class::Background).await?;
-        lane.ask(&Frame::Flush { region: opened.region }, None, self.page).await.map(|_| ())
-    }
-
-    async fn pull(&self, extents: Vec<Extent>) -> Result<Box<dyn Pull>, StoreError> {
-        extents.iter().try_for_each(|extent| self.check(*extent))?;
-        let Ok(listed) = PullExtents::new(extents.clone()) else {
-            // So fragmented that the list does not fit a frame: ask piece by piece.
-            return Ok(Box::new(ReadAfterRead::new(self.clone(), extents)));
-        };
-        let (link, opened) = self.opened().await?;
-        let lost = |reason: String| StoreError::Unreachable { peer: self.peer.inner.name.clone(), reason };
-        let (send, receive) = link.connection.open_bi().await.map_err(|error| lost(error.to_string()))?;
-        let window_bytes = u64::from(self.peer.inner.options.stream_window_bytes);
-        let pull = RemotePull::start(send, receive, opened.region, listed, window_bytes, self.page, &self.peer.inner.name);
-        Ok(Box::new(pull.await?))
     }
 }

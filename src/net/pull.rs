@@ -1,26 +1,32 @@
 //! A bulk read over a stream of its own, the client's side.
 //!
 //! Role: the background pull's *wire* and *reply*. Neighbours: `server` streams the runs without being asked for each; the pager installs them.
-//! Invariants: what is on the way stays within the credit given, so a slow client bounds the server's memory; each page comes at most once.
+//! Invariants: what is on the way stays within the credit given, so a slow client bounds the server's memory; each page comes at most once;
+//! nothing waits longer than the answer time-out.
 
 use super::{
     codec::decode_run,
-    lane::priority,
+    lane::{Setting, priority},
     stream::{FrameReader, FrameWriter, Incoming, StreamError},
-    wire::{Class, Frame, PullExtents},
+    wire::{Class, DataHead, Frame, PullExtents},
 };
 use crate::{Extent, PageSize, Pull, Run, StoreError};
 use async_trait::async_trait;
+use bytes::Bytes;
 
 /// See the module header.
 pub(super) struct RemotePull {
     writer: FrameWriter,
     reader: FrameReader,
     asked: Vec<Extent>,
-    /// The extent that the last run belonged to.
+    /// The extent that the last run belonged to, and the page behind that run.
     at: usize,
+    next_page: u64,
     page: PageSize,
-    peer: String,
+    setting: Setting,
+    /// Received and not given yet: a dropped `next` goes on where it stopped.
+    head: Option<DataHead>,
+    content: Option<Bytes>,
     window_bytes: u64,
     used_bytes: u64,
     credited_bytes: u64,
@@ -32,27 +38,29 @@ const CREDIT_STEP_BYTES: u64 = 256 * 1024;
 
 impl RemotePull {
     pub(super) async fn start(
-        send: quinn::SendStream,
-        receive: quinn::RecvStream,
+        connection: &quinn::Connection,
         region: u32,
         extents: PullExtents,
         window_bytes: u64,
         page: PageSize,
-        peer: &str,
+        setting: Setting,
     ) -> Result<RemotePull, StoreError> {
+        let (send, receive) = connection.open_bi().await.map_err(|error| setting.away(error.to_string()))?;
         let mut writer = FrameWriter::new(send);
         writer.prioritise(priority(Class::Background));
         let asked = extents.to_vec();
-        let lost = |error: StreamError| StoreError::Unreachable { peer: peer.to_owned(), reason: error.to_string() };
-        writer.send(&Frame::Pull { region, credit_bytes: window_bytes, extents }).await.map_err(lost)?;
-        let (peer, reader) = (peer.to_owned(), FrameReader::new(receive));
+        let pull = Frame::Pull { region, credit_bytes: window_bytes, extents };
+        writer.send(&pull).await.map_err(|error| setting.away(error.to_string()))?;
         Ok(RemotePull {
             writer,
-            reader,
+            reader: FrameReader::new(receive),
             asked,
             at: 0,
+            next_page: 0,
             page,
-            peer,
+            setting,
+            head: None,
+            content: None,
             window_bytes,
             used_bytes: 0,
             credited_bytes: window_bytes,
@@ -62,12 +70,14 @@ impl RemotePull {
 
     fn broken(&self, error: StreamError) -> StoreError {
         match error {
-            StreamError::Ended(reason) => StoreError::Unreachable { peer: self.peer.clone(), reason },
+            StreamError::Ended(reason) => self.setting.away(reason),
             StreamError::Wire(error) => StoreError::Protocol(error.to_string()),
         }
     }
 
-    async fn read(&mut self) -> Result<Option<Run>, StoreError> {
+    /// The head of the next run, `None` at the end. Runs come in the order asked for, so the search goes on where the last one ended, and what
+    /// was given already is not accepted again.
+    async fn next_head(&mut self) -> Result<Option<DataHead>, StoreError> {
         let incoming = self.reader.incoming().await.map_err(|error| self.broken(error))?;
         let head = match incoming {
             Some(Incoming::Data(head)) => head,
@@ -78,21 +88,36 @@ impl RemotePull {
             }
             None => return Err(self.broken(StreamError::Ended("the peer ended the bulk read too early".into()))),
         };
-        // Runs come in the order asked for, so the search goes on where the last one ended.
-        let (before, after) = self.asked.split_at(self.at);
-        let Some(steps) = after.iter().chain(before).position(|asked| asked.covers(head.extent())) else {
-            return Err(StoreError::Protocol(format!("{} came in a bulk read that did not ask for them", head.extent())));
+        let extent = head.extent();
+        let due = |at: usize, asked: &Extent| asked.covers(extent) && (at > self.at || extent.first() >= self.next_page);
+        let Some(at) = (self.at..self.asked.len()).find(|at| due(*at, &self.asked[*at])) else {
+            return Err(StoreError::Protocol(format!("{extent} came in a bulk read that did not ask for them, or not then")));
         };
-        self.at = (self.at + steps) % self.asked.len();
+        (self.at, self.next_page) = (at, extent.end());
+        Ok(Some(head))
+    }
+
+    async fn read(&mut self) -> Result<Option<Run>, StoreError> {
+        let head = match self.head {
+            Some(head) => head,
+            None => match self.next_head().await? {
+                Some(head) => *self.head.insert(head),
+                None => return Ok(None),
+            },
+        };
         let decoded_len = head.decoded_len(self.page).map_err(|error| self.broken(error.into()))?;
-        let content = self.reader.content(&head).await.map_err(|error| self.broken(error))?;
-        self.used_bytes += head.len_bytes() as u64;
+        if self.content.is_none() {
+            self.content = Some(self.reader.content(&head).await.map_err(|error| self.broken(error))?);
+            self.used_bytes += head.len_bytes() as u64;
+        }
         if self.used_bytes + self.window_bytes >= self.credited_bytes + CREDIT_STEP_BYTES {
             self.credited_bytes = self.used_bytes + self.window_bytes;
             // A server that has sent everything stops listening for credit while its last runs are still on the way; a lost
             // connection shows in the next read.
             let _ = self.writer.send(&Frame::Credit { total_bytes: self.credited_bytes }).await;
         }
+        self.head = None;
+        let content = self.content.take().unwrap_or_default();
         let content = decode_run(head.encoding(), content, decoded_len).map_err(|error| self.broken(error.into()))?;
         Ok(Some(Run { extent: head.extent(), content }))
     }
@@ -104,7 +129,8 @@ impl Pull for RemotePull {
         if self.over {
             return Ok(None);
         }
-        let next = self.read().await;
+        let setting = self.setting.clone();
+        let next = setting.within("waiting for the next pages of a bulk read", self.read()).await.and_then(|read| read);
         if !matches!(next, Ok(Some(_))) {
             self.over = true;
             self.writer.finish();

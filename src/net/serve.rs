@@ -11,16 +11,13 @@ use super::{
     peer::{AGENT, VERSION},
     server::{CLOSE_BAD_FRAME, Granted, Shared, TakeStream},
     stream::{FrameReader, FrameWriter, StreamError},
-    wire::{Access, Agent, Class, DataHead, EncodedRun, ErrorCode, Frame, MAX_RUN_BYTES, Message, WireError},
+    wire::{Access, Agent, Class, DataHead, EncodedRun, ErrorCode, Frame, MAX_READ_BYTES, MAX_RUN_BYTES, Message, WireError},
 };
-use crate::{Content, Extent, PULL_EXTENT_BYTES, PageStore, Run, StoreError};
+use crate::{Content, Extent, PULL_EXTENT_BYTES, PageSize, PageStore, Run, StoreError};
 use bytes::Bytes;
 use std::{
-    collections::VecDeque,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -43,43 +40,38 @@ struct Open {
 
 /// Regions a connection may open.
 const REGIONS_MAX: usize = 4096;
-/// Pages one READ may ask for, in bytes.
-const READ_MAX_BYTES: u64 = 16 << 20;
-/// A bulk read keeps at least this much on the way, and at most twice what the congestion window lets out: more would only sit in this process's
-/// memory, in front of nobody.
+/// A bulk read keeps at least this much on the way, and more by what the path is seen to hold. Not by much more: what is ahead sits in this process's send buffer,
+/// where quinn looks for each packet's bytes from the front, and by then out of the cache.
 const PULL_AHEAD_MIN_BYTES: u64 = 2 << 20;
 
-/// A bit a page.
-struct Sent(Vec<AtomicU64>);
+/// Pages, as words of 64 bits by number: memory follows from what was sent, not from how large the store says it is.
+#[derive(Default)]
+struct Sent(Mutex<HashMap<u64, u64>>);
 
 impl Sent {
-    fn new(pages: u64) -> Sent {
-        Sent((0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
-    }
-
-    #[allow(clippy::cast_possible_truncation, reason = "pages of a store whose bitmap fits memory")]
-    fn word(&self, page: u64) -> Option<&AtomicU64> {
-        self.0.get((page / 64) as usize)
+    fn words(&self) -> std::sync::MutexGuard<'_, HashMap<u64, u64>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn add(&self, extent: Extent) {
+        let mut words = self.words();
         for page in extent.pages() {
-            if let Some(word) = self.word(page) {
-                word.fetch_or(1 << (page % 64), Relaxed);
-            }
+            *words.entry(page / 64).or_default() |= 1 << (page % 64);
         }
     }
 
-    fn holds(&self, page: u64) -> bool {
-        self.word(page).is_some_and(|word| word.load(Relaxed) & (1 << (page % 64)) != 0)
+    fn holds_all(&self, extent: Extent) -> bool {
+        let words = self.words();
+        extent.pages().all(|page| holds(&words, page))
     }
 
     /// The parts of an extent that were not sent.
     fn unsent(&self, extent: Extent) -> Vec<Extent> {
+        let words = self.words();
         let mut parts = Vec::new();
         let mut first = extent.first();
         for page in extent.pages() {
-            if self.holds(page) {
+            if holds(&words, page) {
                 parts.push(Extent::between(first, page));
                 first = page + 1;
             }
@@ -88,6 +80,10 @@ impl Sent {
         parts.retain(|part| !part.is_empty());
         parts
     }
+}
+
+fn holds(words: &HashMap<u64, u64>, page: u64) -> bool {
+    words.get(&(page / 64)).is_some_and(|word| word & (1 << (page % 64)) != 0)
 }
 
 /// A request that cannot be answered.
@@ -149,7 +145,8 @@ impl Session {
 
     async fn control(&self, version: u16, writer: &mut FrameWriter, reader: &mut FrameReader) -> Result<(), StreamError> {
         writer.prioritise(CONTROL_PRIORITY);
-        if version != VERSION {
+        // A client that speaks more speaks this too.
+        if version < VERSION {
             let message = format!("version {version} is not spoken here, {VERSION} is");
             return writer.send(&failed(ErrorCode::UnknownVersion, &message)).await;
         }
@@ -166,6 +163,11 @@ impl Session {
         // What does not exist and what is not granted look the same: names are not for guessing.
         let not_granted = || Refusal(ErrorCode::NotGranted, format!("region {name:?} is not granted to {}", self.peer));
         let granted = self.shared.granted(self.peer, name).ok_or_else(not_granted)?;
+        if granted.store.page_size().bytes() > MAX_RUN_BYTES.into() {
+            let message =
+                format!("region {name:?} has {:?}; a frame carries at most {MAX_RUN_BYTES} bytes", granted.store.page_size());
+            return Err(Refusal(ErrorCode::StoreFailed, message));
+        }
         let mut regions = self.regions();
         let at = match regions.iter().position(|open| open.name == name) {
             Some(at) => at,
@@ -173,13 +175,14 @@ impl Session {
                 return Err(Refusal(ErrorCode::Busy, format!("{REGIONS_MAX} regions are open on this connection")));
             }
             None => {
-                regions.push(Open { name: name.to_owned(), granted: granted.clone(), sent: None });
+                regions.push(Open { name: name.to_owned(), granted, sent: None });
                 regions.len() - 1
             }
         };
         let region = u32::try_from(at + 1).unwrap_or(u32::MAX);
-        let (page_size, size_bytes) = (granted.store.page_size(), granted.store.size());
-        Ok(Frame::Opened { region, access: granted.access, page_size, size_bytes })
+        // Of an open region: it keeps the store it had, whatever was granted since.
+        let Granted { store, access } = &regions[at].granted;
+        Ok(Frame::Opened { region, access: *access, page_size: store.page_size(), size_bytes: store.size() })
     }
 
     fn regions(&self) -> std::sync::MutexGuard<'_, Vec<Open>> {
@@ -204,7 +207,12 @@ impl Session {
             match done {
                 Ok(None) => {}
                 Ok(Some(answer)) => writer.send(&answer).await?,
-                Err(Refusal(code, message)) => writer.send(&failed(code, &message)).await?,
+                Err(Refusal(code, message)) => {
+                    writer.send(&failed(code, &message)).await?;
+                    if code == ErrorCode::BadFrame {
+                        return Ok(());
+                    }
+                }
             }
             if class == Class::Demand {
                 // The next fault of the same thread follows an install and a few instructions.
@@ -221,43 +229,33 @@ impl Session {
         writer: &mut FrameWriter,
     ) -> Result<Result<Option<Frame>, Refusal>, StreamError> {
         let start = Instant::now();
-        let runs = match self.read_runs(region, extent).await {
-            Ok(runs) => runs,
+        let (runs, page) = match self.read_runs(region, extent).await {
+            Ok(answer) => answer,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        // Compressing one page costs more time than it saves on any link a fault is bearable on.
         let mut serve_us = u32::try_from(start.elapsed().as_micros()).unwrap_or(u32::MAX);
-        for run in runs {
-            self.send_run(run, false, serve_us, writer).await?;
+        for Run { extent, content } in runs.into_iter().flat_map(|run| split(run, page)) {
+            // Compressing one page costs more time than it saves on any link a fault is bearable on.
+            let (encoding, bytes) = encode_run(content, false);
+            writer.send_data(DataHead::new(encoding, extent, serve_us, bytes.len())?, bytes).await?;
             serve_us = 0;
         }
         Ok(Ok(None))
     }
 
-    async fn read_runs(&self, region: u32, extent: Extent) -> Result<Vec<Run>, Refusal> {
+    async fn read_runs(&self, region: u32, extent: Extent) -> Result<(Vec<Run>, PageSize), Refusal> {
         let open = self.region(region)?;
         let store = &open.granted.store;
         store.check(extent)?;
-        if extent.bytes(store.page_size()) > READ_MAX_BYTES {
-            let message = format!("{extent} are more than the {READ_MAX_BYTES} bytes that one READ may ask for");
+        if extent.bytes(store.page_size()) > MAX_READ_BYTES.into() {
+            let message = format!("{extent} are more than the {MAX_READ_BYTES} bytes that one READ may ask for");
             return Err(Refusal(ErrorCode::BadFrame, message));
         }
         let runs = store.read(extent).await?;
         if let Some(sent) = &open.sent {
             sent.add(extent);
         }
-        Ok(runs)
-    }
-
-    /// Sends a run, cut to what a frame may carry. Returns the bytes of content sent.
-    async fn send_run(&self, run: Run, compress: bool, serve_us: u32, writer: &mut FrameWriter) -> Result<u64, StreamError> {
-        let mut sent_bytes = 0;
-        for Run { extent, content } in split(run, MAX_RUN_BYTES.into()) {
-            let (encoding, bytes) = encode_run(content, compress);
-            sent_bytes += bytes.len() as u64;
-            writer.send_data(DataHead::new(encoding, extent, serve_us, bytes.len())?, bytes).await?;
-        }
-        Ok(sent_bytes)
+        Ok((runs, store.page_size()))
     }
 
     async fn write(&self, region: u32, run: EncodedRun) -> Result<Option<Frame>, Refusal> {
@@ -305,7 +303,7 @@ impl Session {
         let open = self.region(region)?;
         let store = open.granted.store;
         extents.iter().try_for_each(|extent| store.check(*extent))?;
-        let sent = Arc::new(Sent::new(store.extent().count()));
+        let sent = Arc::<Sent>::default();
         let at = (region as usize).saturating_sub(1);
         if let Some(open) = self.regions().get_mut(at) {
             open.sent = Some(sent.clone());
@@ -325,7 +323,7 @@ impl Session {
         let (compress, page) = (self.shared.options.compress, store.page_size());
         let step = (PULL_EXTENT_BYTES / page.bytes()).max(1);
         let mut ready: VecDeque<tokio::task::JoinHandle<Result<Vec<EncodedRun>, Refusal>>> = VecDeque::new();
-        let mut steps = extents.into_iter().flat_map(|extent| extent.chunks(step).collect::<Vec<_>>());
+        let mut steps = extents.into_iter().flat_map(|extent| extent.chunks(step));
         loop {
             while ready.len() < ENCODE_AHEAD
                 && let Some(extent) = steps.next()
@@ -341,7 +339,7 @@ impl Session {
             };
             for run in runs {
                 // Demanded and sent while it was being encoded.
-                if run.extent().pages().all(|page| sent.holds(page)) {
+                if sent.holds_all(run.extent()) {
                     continue;
                 }
                 let len_bytes = run.bytes().len() as u64;
@@ -362,37 +360,40 @@ async fn encode_step(store: &dyn PageStore, sent: &Sent, extent: Extent, compres
         runs.extend(store.read(part).await?);
     }
     let page = store.page_size();
+    let parts: Vec<(bool, Run)> = runs.into_iter().flat_map(|run| kinds_of(run, page)).collect();
+    // Sorting the pages is quick, compressing is not.
+    let compress = compress && parts.iter().any(|(shrinks, _)| *shrinks);
     let encode = move || -> Result<Vec<EncodedRun>, WireError> {
-        let parts = runs.into_iter().flat_map(|run| kinds_of(run, page)).flat_map(|run| split(run, MAX_RUN_BYTES.into()));
+        let parts = parts.into_iter().flat_map(|(shrinks, run)| split(run, page).into_iter().map(move |run| (shrinks, run)));
         parts
-            .map(|run| {
-                let (encoding, bytes) = encode_run(run.content, compress);
+            .map(|(shrinks, run)| {
+                let (encoding, bytes) = encode_run(run.content, compress && shrinks);
                 EncodedRun::new(run.extent, encoding, bytes)
             })
             .collect()
     };
-    let encoded = if compress {
-        tokio::task::spawn_blocking(encode).await.map_err(|_| Refusal(ErrorCode::StoreFailed, "encoding failed".into()))?
-    } else {
-        encode()
-    };
-    encoded.map_err(|error| Refusal(ErrorCode::StoreFailed, error.to_string()))
+    let failed = |error: String| Refusal(ErrorCode::StoreFailed, error);
+    let encoded =
+        if compress { tokio::task::spawn_blocking(encode).await.map_err(|error| failed(error.to_string()))? } else { encode() };
+    encoded.map_err(|error| failed(error.to_string()))
 }
 
-/// Cuts a run into parts of at most `max_bytes`. Zeros cost nothing to carry and stay whole.
-fn split(run: Run, max_bytes: u64) -> Vec<Run> {
-    let Content::Bytes(bytes) = &run.content else { return vec![run] };
-    if bytes.len() as u64 <= max_bytes || run.extent.is_empty() {
+/// Cuts a run into parts that fit a frame, zeros too: what a frame stands for is bounded, whatever it weighs.
+fn split(run: Run, page: PageSize) -> Vec<Run> {
+    let part_pages = u64::from(MAX_RUN_BYTES) / page.bytes();
+    if run.extent.count() <= part_pages {
         return vec![run];
     }
-    let page_len = bytes.len() as u64 / run.extent.count();
-    let parts = run.extent.chunks(max_bytes / page_len.max(1));
+    let Run { extent, content } = run;
     #[allow(clippy::cast_possible_truncation, reason = "offsets inside `bytes`")]
-    let cut = |part: Extent| {
-        let from = ((part.first() - run.extent.first()) * page_len) as usize;
-        Run::bytes(part, bytes.slice(from..from + (part.count() * page_len) as usize))
+    let cut = |part: Extent| match &content {
+        Content::Zero => Run::zero(part),
+        Content::Bytes(bytes) => {
+            let from = page.offset_of(part.first() - extent.first()) as usize;
+            Run::bytes(part, bytes.slice(from..from + part.bytes(page) as usize))
+        }
     };
-    parts.map(cut).collect()
+    extent.chunks(part_pages).map(cut).collect()
 }
 
 /// How much a bulk read may have on the way.
@@ -401,7 +402,36 @@ struct Credit {
     total: tokio::sync::watch::Receiver<u64>,
     window_bytes: u64,
     sent_bytes: u64,
+    pace: Pace,
 }
+
+/// How fast the client uses what is sent, by its credit.
+struct Pace {
+    since: Instant,
+    used_bytes: u64,
+    bytes_s: u64,
+}
+
+impl Pace {
+    /// What twice the path holds at this pace: enough to keep it full and to find out whether it takes more.
+    fn ahead_bytes(&mut self, used_bytes: u64, round_trip: Duration) -> u64 {
+        // A shorter look would count bursts, a longer one would miss that the pace changed.
+        let look = round_trip + PACE_LOOK;
+        let elapsed = self.since.elapsed();
+        if elapsed >= look {
+            let bytes = u128::from(used_bytes.saturating_sub(self.used_bytes));
+            let now = u64::try_from(bytes * 1_000_000 / elapsed.as_micros().max(1)).unwrap_or(u64::MAX);
+            // Falls slowly: a pause of the client says nothing about the path.
+            self.bytes_s = now.max(self.bytes_s / 4 * 3);
+            (self.since, self.used_bytes) = (Instant::now(), used_bytes);
+        }
+        let path = u128::from(self.bytes_s) * look.as_micros() / 1_000_000;
+        u64::try_from(path * 2).unwrap_or(u64::MAX)
+    }
+}
+
+/// Credit comes in steps, and its thread may be late by this much.
+const PACE_LOOK: Duration = Duration::from_millis(1);
 
 impl Credit {
     /// Reads CREDIT frames until the stream ends.
@@ -414,7 +444,8 @@ impl Credit {
                 }
             }
         });
-        Credit { connection, total, window_bytes: credit_bytes, sent_bytes: 0 }
+        let pace = Pace { since: Instant::now(), used_bytes: 0, bytes_s: 0 };
+        Credit { connection, total, window_bytes: credit_bytes, sent_bytes: 0, pace }
     }
 
     /// Waits until `bytes` more may be sent.
@@ -423,24 +454,20 @@ impl Credit {
             let total = *self.total.borrow_and_update();
             // What the client has used up, by its own word.
             let used_bytes = total.saturating_sub(self.window_bytes);
-            let path_bytes = self.connection.stats().path.cwnd.saturating_mul(2);
-            let limit = path_bytes.max(PULL_AHEAD_MIN_BYTES).min(self.window_bytes);
+            let ahead_bytes = self.pace.ahead_bytes(used_bytes, self.connection.min_rtt());
+            let limit = (PULL_AHEAD_MIN_BYTES + ahead_bytes).min(self.window_bytes);
             let ahead = self.sent_bytes.saturating_sub(used_bytes);
             // A run longer than the whole credit goes alone.
             if ahead == 0 || ahead + bytes <= limit {
                 self.sent_bytes += bytes;
                 return Ok(());
             }
-            let more = tokio::time::timeout(CWND_LOOK, self.total.changed()).await;
-            if matches!(more, Ok(Err(_))) {
+            if self.total.changed().await.is_err() {
                 return Err(StreamError::Ended("the client left the bulk read".into()));
             }
         }
     }
 }
-
-/// How often the congestion window is looked at while waiting for credit: it grows without telling.
-const CWND_LOOK: Duration = Duration::from_millis(20);
 
 fn failed(code: ErrorCode, message: &str) -> Frame {
     Frame::Failed { code, message: Message::cut(message) }

@@ -4,8 +4,9 @@
 //! its payload is read or memory for it taken (S7); a reader that was cancelled goes on where it stopped.
 
 use super::wire::{DATA_FIELDS_BYTES, DataHead, Frame, HEADER_BYTES, Header, Kind, WireError};
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use quinn::{ReadError, RecvStream, SendStream, WriteError};
+use std::collections::VecDeque;
 use thiserror::Error;
 
 /// A stream can say no more.
@@ -21,13 +22,19 @@ pub(crate) enum StreamError {
 
 impl From<WriteError> for StreamError {
     fn from(error: WriteError) -> StreamError {
-        StreamError::Ended(error.to_string())
+        StreamError::Ended(match error {
+            WriteError::ConnectionLost(why) => why.to_string(),
+            other => other.to_string(),
+        })
     }
 }
 
 impl From<ReadError> for StreamError {
     fn from(error: ReadError) -> StreamError {
-        StreamError::Ended(error.to_string())
+        StreamError::Ended(match error {
+            ReadError::ConnectionLost(why) => why.to_string(),
+            other => other.to_string(),
+        })
     }
 }
 
@@ -39,6 +46,11 @@ pub(crate) enum Incoming {
     Data(DataHead),
 }
 
+/// Pieces from here on are worth keeping their memory for: the allocator would give it back to the kernel and fault it in again.
+const LARGE_BYTES: usize = 32 * 1024;
+/// Pieces a consumer may hold while the next is read.
+const SPARE_MAX: usize = 6;
+
 /// Chunks taken from quinn under one lock of the connection.
 const CHUNKS: usize = 32;
 
@@ -49,8 +61,10 @@ pub(crate) struct FrameReader {
     queue: [Bytes; CHUNKS],
     at: usize,
     filled: usize,
-    /// A piece being put together from several chunks; its memory is used again once the piece before it was dropped.
+    /// A piece being put together from several chunks.
     staging: BytesMut,
+    /// Memory of earlier pieces, oldest first: used again once they were dropped.
+    spare: VecDeque<BytesMut>,
     /// A header read whose payload is not complete.
     header: Option<Header>,
 }
@@ -58,7 +72,7 @@ pub(crate) struct FrameReader {
 impl FrameReader {
     pub(crate) fn new(stream: RecvStream) -> FrameReader {
         let queue = [const { Bytes::new() }; CHUNKS];
-        FrameReader { stream, queue, at: 0, filled: 0, staging: BytesMut::new(), header: None }
+        FrameReader { stream, queue, at: 0, filled: 0, staging: BytesMut::new(), spare: VecDeque::new(), header: None }
     }
 
     /// The next frame, `None` at the orderly end of the stream.
@@ -100,7 +114,7 @@ impl FrameReader {
         Ok(Some(Incoming::Frame(Frame::decode(header, payload)?)))
     }
 
-    /// The content of a DATA frame whose head was read. Drop the bytes before the next call, and no memory is taken for them.
+    /// The content of a DATA frame whose head was read. Drop the bytes before a few more are read, and no memory is taken for them.
     pub(crate) async fn content(&mut self, head: &DataHead) -> Result<Bytes, StreamError> {
         self.have(head.len_bytes(), false).await?;
         Ok(self.take(head.len_bytes()))
@@ -121,6 +135,9 @@ impl FrameReader {
             return Ok(true);
         }
         if self.staging.is_empty() {
+            if len >= LARGE_BYTES && self.spare.len() >= SPARE_MAX {
+                self.staging = self.spare.pop_front().unwrap_or_default();
+            }
             self.staging.reserve(len);
         }
         while self.staging.len() < len {
@@ -152,11 +169,17 @@ impl FrameReader {
 
     /// Takes bytes that [`have`](FrameReader::have) has waited for.
     fn take(&mut self, len: usize) -> Bytes {
-        if self.staging.is_empty() {
-            if len == 0 { Bytes::new() } else { self.chunk().split_to(len) }
-        } else {
-            self.staging.split_to(len).freeze()
+        if len == 0 {
+            return Bytes::new();
         }
+        if self.staging.is_empty() {
+            return self.chunk().split_to(len);
+        }
+        let piece = self.staging.split_to(len).freeze();
+        if len >= LARGE_BYTES {
+            self.spare.push_back(std::mem::take(&mut self.staging));
+        }
+        piece
     }
 }
 
@@ -171,14 +194,17 @@ impl FrameWriter {
         FrameWriter { stream, buffer: BytesMut::new() }
     }
 
-    /// Sends a frame. Cancelled in the middle, the stream is of no more use.
+    /// Sends a frame. Cancelled in the middle, the rest of it goes before the next frame.
     pub(crate) async fn send(&mut self, frame: &Frame) -> Result<(), StreamError> {
-        self.buffer.clear();
         frame.encode(&mut self.buffer);
-        Ok(self.stream.write_all(&self.buffer).await?)
+        while !self.buffer.is_empty() {
+            let written = self.stream.write(&self.buffer).await?;
+            self.buffer.advance(written);
+        }
+        Ok(())
     }
 
-    /// Sends a DATA frame without copying its content.
+    /// Sends a DATA frame without copying its content. Cancelled in the middle, the stream is of no more use.
     pub(crate) async fn send_data(&mut self, head: DataHead, content: Bytes) -> Result<(), StreamError> {
         let head = Bytes::copy_from_slice(&super::wire::encode_data_head(head));
         if content.is_empty() {

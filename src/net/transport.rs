@@ -51,6 +51,9 @@ pub struct TransportOptions {
     pub initial_rtt: Duration,
     /// How long a connection attempt may take. Default 5 s.
     pub connect_timeout: Duration,
+    /// How long a request may go without the next piece of its answer while the connection itself is alive: the store behind the server hangs, or the server does.
+    /// The request fails as if the peer were away then. Default 10 s, as `idle_timeout`. Flushes are exempt: how long a disk takes says nothing.
+    pub answer_timeout: Duration,
     /// Socket buffers asked for; `net.core.rmem_max` and `wmem_max` may grant less. Default 4 MiB: 3 ms of 10 Gbit/s while the thread does something else.
     pub socket_buffer_bytes: usize,
     /// Whether bulk pages are compressed where that saves at least an eighth. Default true.
@@ -69,6 +72,7 @@ impl Default for TransportOptions {
             keep_alive: Duration::from_secs(2),
             initial_rtt: Duration::from_millis(100),
             connect_timeout: Duration::from_secs(5),
+            answer_timeout: Duration::from_secs(10),
             socket_buffer_bytes: 4 << 20,
             compress: true,
         }
@@ -113,8 +117,10 @@ impl TransportOptions {
         if self.ack_every_packets == 0 || self.ack_every_packets > 1000 {
             return invalid("ack_every_packets", &self.ack_every_packets, "1 to 1000");
         }
-        if self.connect_timeout.is_zero() {
-            return invalid("connect_timeout", &self.connect_timeout, "above 0");
+        for (option, value) in [("connect_timeout", self.connect_timeout), ("answer_timeout", self.answer_timeout)] {
+            if value.is_zero() {
+                return invalid(option, &value, "above 0");
+            }
         }
         Ok(())
     }
@@ -225,6 +231,19 @@ impl Runtime for PrivateRuntime {
     }
 }
 
+/// Waits for `work`, no longer than `limit` by the service's clock: the runtime that the caller is in may have none.
+pub(super) async fn within<T>(service: &Service, limit: Duration, work: impl Future<Output = T>) -> Option<T> {
+    let late = {
+        let _context = service.handle().enter();
+        tokio::time::sleep(limit)
+    };
+    tokio::select! {
+        biased;
+        done = work => Some(done),
+        () = late => None,
+    }
+}
+
 /// Streams a client may have open at once: its lanes, pulls, and moves.
 pub(super) const STREAMS_MAX: u32 = 256;
 
@@ -288,13 +307,15 @@ mod tests {
     #[test]
     fn values_that_would_hang_are_refused_with_the_range() {
         type Change = fn(&mut TransportOptions);
-        let changes: [(&str, Change); 6] = [
+        let changes: [(&str, Change); 8] = [
             ("mtu_max_bytes", |o| o.mtu_max_bytes = 12_000),
             ("stream_window_bytes", |o| o.stream_window_bytes = 1000),
             ("send_window_bytes", |o| o.send_window_bytes = 1000),
             ("idle_timeout", |o| o.idle_timeout = Duration::ZERO),
             ("keep_alive", |o| o.keep_alive = Duration::from_secs(60)),
             ("ack_every_packets", |o| o.ack_every_packets = 0),
+            ("connect_timeout", |o| o.connect_timeout = Duration::ZERO),
+            ("answer_timeout", |o| o.answer_timeout = Duration::ZERO),
         ];
         for (name, change) in changes {
             let mut options = TransportOptions::default();

@@ -109,8 +109,8 @@ impl Core {
         self.claim(within, room)
     }
 
-    /// A request for `extent` is over, whatever came of it. Pages of it still marked as asked are missing again. Returns the
-    /// faults that may be asked for now.
+    /// A request for `extent` is over, whatever came of it, and before what came is installed. Pages of it still marked as asked are missing
+    /// again. Returns the faults that may be asked for now.
     pub(crate) fn answered(&mut self, extent: Extent) -> Vec<u64> {
         self.residency.unask(extent);
         self.in_flight_pages = self.in_flight_pages.saturating_sub(extent.count());
@@ -135,9 +135,16 @@ impl Core {
         }
     }
 
-    /// The kernel put off installing pages that were wanted: they stay asked for until it takes them.
+    /// Which of the pages whose zeros the kernel put off shall get them now: those that were discarded, and those still wanted.
+    pub(crate) fn zeros_wanted(&self, extent: Extent) -> Vec<Extent> {
+        self.residency.discarded(extent).chain(self.residency.asked(extent)).collect()
+    }
+
+    /// The kernel put off installing pages. What the store's bytes are for counts as asked for until it takes them, though no request brings
+    /// them; a discarded page that waits for its zeros does not, or a reply older than the discard would be let in.
     pub(crate) fn postponed(&mut self, extent: Extent) {
-        self.residency.ask(extent);
+        let missing: Vec<Extent> = self.residency.missing(extent).collect();
+        missing.into_iter().for_each(|extent| self.residency.ask(extent));
     }
 
     /// The kernel has the pages.
@@ -208,9 +215,14 @@ mod tests {
 
     #[derive(Clone, Debug)]
     enum Event {
-        Fault(u64),
+        /// If it gets zeros and the flag is set, the kernel puts them off.
+        Fault(u64, bool),
         /// The nth request in flight is answered with its pages.
         Reply(usize),
+        /// The same, but the kernel puts the install off.
+        PutOff(usize),
+        /// The nth install that was put off is tried again, and done.
+        Settle(usize),
         /// The nth request in flight fails and is asked for again.
         Fail(usize),
         Pulled(Extent),
@@ -222,8 +234,10 @@ mod tests {
     fn event() -> impl Strategy<Value = Event> {
         let extent = || (0u64..24, 1u64..6).prop_map(|(first, count)| Extent::between(first, (first + count).min(24)));
         prop_oneof![
-            6 => (0u64..24).prop_map(Event::Fault),
+            6 => (0u64..24, any::<bool>()).prop_map(|(page, put_off)| Event::Fault(page, put_off)),
             6 => (0usize..8).prop_map(Event::Reply),
+            2 => (0usize..8).prop_map(Event::PutOff),
+            2 => (0usize..4).prop_map(Event::Settle),
             1 => (0usize..8).prop_map(Event::Fail),
             2 => extent().prop_map(Event::Pulled),
             2 => extent().prop_map(Event::Discard),
@@ -241,13 +255,21 @@ mod tests {
             let mut in_flight: Vec<Extent> = Vec::new();
             let (mut present, mut discarded, mut lost) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
             let mut blocked: BTreeSet<u64> = BTreeSet::new();
-            let mut answer_all = vec![Event::Reply(0); 200];
-            for event in events.into_iter().chain(answer_all.drain(..)) {
+            // With whether they are zeros that the kernel put off.
+            let mut put_off: Vec<(Extent, bool)> = Vec::new();
+            let answer_all = [vec![Event::Reply(0); 200], vec![Event::Settle(0); 200]].concat();
+            for event in events.into_iter().chain(answer_all) {
                 match event {
-                    Event::Fault(page) => {
+                    Event::Fault(page, zeros_put_off) => {
                         blocked.insert(page);
                         match core.fault(page) {
                             Decision::Wake => { prop_assert!(present.contains(&page) || lost.contains(&page)); blocked.remove(&page); }
+                            Decision::Zero if zeros_put_off => {
+                                prop_assert!(discarded.contains(&page));
+                                core.postponed(Extent::page(page));
+                                put_off.push((Extent::page(page), true));
+                                present.remove(&page);
+                            }
                             Decision::Zero => {
                                 prop_assert!(discarded.contains(&page));
                                 core.installed(Extent::page(page));
@@ -261,17 +283,38 @@ mod tests {
                     Event::Populate(within) => in_flight.extend(core.want(within)),
                     Event::Reply(n) if n < in_flight.len() => {
                         let extent = in_flight.remove(n);
-                        for wanted in core.arrived(extent, Origin::Demand) {
+                        let arrived = core.arrived(extent, Origin::Demand);
+                        in_flight.extend(core.answered(extent).into_iter().map(Extent::page));
+                        for wanted in arrived {
                             for page in wanted.pages() {
                                 prop_assert!(!discarded.contains(&page) && present.insert(page), "page {} installed twice", page);
                                 blocked.remove(&page);
                             }
                             core.installed(wanted);
                         }
+                    }
+                    Event::PutOff(n) if n < in_flight.len() => {
+                        let extent = in_flight.remove(n);
+                        let arrived = core.arrived(extent, Origin::Demand);
                         in_flight.extend(core.answered(extent).into_iter().map(Extent::page));
+                        for wanted in arrived {
+                            core.postponed(wanted);
+                            put_off.push((wanted, false));
+                        }
+                    }
+                    Event::Settle(n) if n < put_off.len() => {
+                        let (extent, zeros) = put_off.remove(n);
+                        for wanted in if zeros { core.zeros_wanted(extent) } else { core.arrived(extent, Origin::Demand) } {
+                            for page in wanted.pages() {
+                                prop_assert!(zeros || !discarded.contains(&page), "page {} gets older bytes", page);
+                                prop_assert!(present.insert(page), "page {} installed twice", page);
+                                blocked.remove(&page);
+                            }
+                            core.installed(wanted);
+                        }
                     }
                     Event::Fail(n) if n < in_flight.len() => { /* tried again: it stays in flight */ }
-                    Event::Reply(_) | Event::Fail(_) => {}
+                    Event::Reply(_) | Event::PutOff(_) | Event::Settle(_) | Event::Fail(_) => {}
                     Event::Pulled(extent) => for wanted in core.arrived(extent, Origin::Pull) {
                         for page in wanted.pages() {
                             prop_assert!(!discarded.contains(&page) && present.insert(page));

@@ -2,24 +2,24 @@
 //!
 //! Role: hop *fault*: reads messages of the kernel, keeps the address map, lets `core` decide and carries the decision out. Neighbours: `requests`
 //! asks stores and brings replies here; `install` puts pages in place; `region` joins and leaves. Invariants: messages are read and
-//! applied, and pages are installed, under one lock and on the service's thread, so that no install can fall between a
+//! applied, and pages are installed, under one lock, so that no install can fall between a
 //! removal being read and being known (S4); whatever panics, no descriptor closes while a page that should hold data is missing (S1).
 
 use super::{
     address_map::{AddressMap, RegionId, Segment},
     core::{Core, Decision, Origin},
     gather::Gather,
-    install::{Fill, Filled, fill},
-    requests::Ask,
+    installer::Installer,
+    place::{Again, Owned, page_len},
+    requests::{Ask, Asks},
     residency::Residency,
     retry::Outage,
 };
 use crate::{
-    Content, Extent, LossPolicy, PageSize, PageStore, PagerOptions, RegionEvent, Service, StoreError,
+    Extent, LossPolicy, PageSize, PageStore, PagerOptions, RegionEvent, Service, StoreError,
     stats::{Counters, add},
-    sys::{EVENTS_A_READ, Features, Mapping, Message, Userfault},
+    sys::{EVENTS_A_READ, Mapping, Message, Userfault},
 };
-use bytes::Bytes;
 use std::{
     collections::{HashMap, VecDeque},
     io,
@@ -40,10 +40,15 @@ pub(crate) struct Engine {
     pub(super) page: PageSize,
     pub(super) options: PagerOptions,
     pub(super) me: Weak<Engine>,
+    pub(super) asks: Asks,
     state: Mutex<State>,
     /// Something waits in `State::again`.
-    settle: Arc<Notify>,
+    pub(super) settle: Arc<Notify>,
     pub(super) gather: Arc<Gather>,
+    pub(super) installer: Mutex<Option<Arc<Installer>>>,
+    /// Makes the next turn of the message loop panic.
+    #[cfg(test)]
+    pub(super) panic_next: std::sync::atomic::AtomicBool,
 }
 
 impl Drop for Engine {
@@ -58,10 +63,10 @@ pub(super) struct State {
     pub(super) map: AddressMap,
     pub(super) regions: HashMap<RegionId, Entry>,
     /// Fills that the kernel put off.
-    again: VecDeque<Again>,
+    pub(super) again: VecDeque<Again>,
     next_region: u64,
     /// Descriptors of forked children whose missing pages cannot be poisoned on this kernel: closing them would show zeros.
-    children: Vec<Userfault>,
+    pub(super) children: Vec<Userfault>,
     /// Set after a panic: whatever is missing is poisoned from then on.
     broken: bool,
 }
@@ -107,57 +112,6 @@ impl Entry {
     }
 }
 
-struct Again {
-    /// None: an address that belongs to no region, to be filled with zeros.
-    region: Option<RegionId>,
-    address: usize,
-    extent: Extent,
-    what: Owned,
-    origin: Origin,
-}
-
-/// A fill that owns its bytes.
-#[derive(Clone)]
-pub(super) enum Owned {
-    Bytes(Bytes),
-    Zeros,
-    Poison,
-}
-
-impl Owned {
-    fn part(&self, page: PageSize, from_pages: u64, pages: u64) -> Owned {
-        match self {
-            Owned::Bytes(bytes) => {
-                let from = page_len(page, from_pages);
-                Owned::Bytes(bytes.slice(from..from + page_len(page, pages)))
-            }
-            other => other.clone(),
-        }
-    }
-
-    fn fill(&self, page: PageSize, pages: u64) -> Fill<'_> {
-        match self {
-            Owned::Bytes(bytes) => Fill::Bytes(bytes),
-            Owned::Zeros => Fill::Zeros(page_len(page, pages)),
-            Owned::Poison => Fill::Poison(page_len(page, pages)),
-        }
-    }
-}
-
-impl From<Content> for Owned {
-    fn from(content: Content) -> Owned {
-        match content {
-            Content::Zero => Owned::Zeros,
-            Content::Bytes(bytes) => Owned::Bytes(bytes),
-        }
-    }
-}
-
-#[allow(clippy::cast_possible_truncation, reason = "lengths of mapped memory fit usize")]
-fn page_len(page: PageSize, pages: u64) -> usize {
-    page.offset_of(pages) as usize
-}
-
 impl Engine {
     /// Starts the message loop on `service`; it ends when `stop` is dropped.
     pub(super) fn start(
@@ -173,6 +127,7 @@ impl Engine {
             page,
             options,
             me: me.clone(),
+            asks: Asks::default(),
             state: Mutex::new(State {
                 map: AddressMap::new(page),
                 regions: HashMap::new(),
@@ -183,6 +138,9 @@ impl Engine {
             }),
             settle: Arc::new(Notify::new()),
             gather: Arc::default(),
+            installer: Mutex::default(),
+            #[cfg(test)]
+            panic_next: false.into(),
         });
         let readable = {
             let _context = service.handle().enter();
@@ -200,23 +158,48 @@ impl Engine {
     }
 
     /// Adds a region whose memory starts at `start`. Nothing may touch the memory before this returns.
+    ///
+    /// Waits until the kernel's news of earlier mappings are read: the addresses may have been another region's a moment ago, and a message
+    /// that says so must not be taken for news of this one.
     pub(crate) fn join(&self, start: usize, entry: Entry) -> io::Result<RegionId> {
+        const PACE: Duration = Duration::from_micros(20);
         let extent = entry.core.residency().extent();
-        let mut state = self.lock();
-        if state.broken {
-            return Err(io::Error::other("the pager has stopped after a panic"));
+        loop {
+            let mut state = self.lock();
+            if state.broken {
+                return Err(io::Error::other("the pager has stopped after a panic"));
+            }
+            if self.uffd.is_quiet() {
+                let id = RegionId(state.next_region);
+                state.next_region += 1;
+                self.uffd.register(start, page_len(self.page, extent.count()))?;
+                state.map.insert(start as u64, Segment { region: id, extent });
+                state.regions.insert(id, entry);
+                return Ok(id);
+            }
+            drop(state);
+            if self.service.is_current() {
+                // Nobody else reads them then: a callback or a store opens a region.
+                self.serve(&mut EventBuffer::new(EVENTS_A_READ), &mut Vec::new())?;
+            }
+            std::thread::sleep(PACE);
         }
-        let id = RegionId(state.next_region);
-        state.next_region += 1;
-        self.uffd.register(start, page_len(self.page, extent.count()))?;
-        state.map.insert(start as u64, Segment { region: id, extent });
-        state.regions.insert(id, entry);
-        Ok(id)
     }
 
-    /// First half of leaving: replies in flight are dropped and faults are left to wait. The caller unmaps the memory next.
-    pub(crate) fn leave(&self, id: RegionId) {
-        let entry = self.lock().regions.remove(&id);
+    /// First half of leaving: replies in flight are dropped and faults are left to wait. The caller unmaps `len` bytes from `start` next.
+    /// What mremap(2) took out of that range stays mapped, and what is missing of it is poisoned here.
+    pub(crate) fn leave(&self, id: RegionId, start: usize, len: usize) {
+        let entry = {
+            let mut guard = self.lock();
+            let state = &mut *guard;
+            let all = state.regions.get(&id).map(|entry| entry.core.residency().extent()).unwrap_or_default();
+            let own = start as u64..(start + len) as u64;
+            for (_, moved) in state.map.locate(id, all).into_iter().filter(|(address, _)| !own.contains(address)) {
+                let lost = state.regions.get_mut(&id).map(|entry| entry.core.lose(moved)).unwrap_or_default();
+                lost.into_iter().for_each(|extent| self.poison(state, id, extent));
+            }
+            state.regions.remove(&id)
+        };
         if let Some(entry) = &entry {
             entry.changed.notify_waiters();
         }
@@ -241,11 +224,13 @@ impl Engine {
     /// Reads and serves all messages there are.
     fn serve(&self, buffer: &mut EventBuffer, messages: &mut Vec<Message>) -> io::Result<()> {
         let mut asks = Vec::new();
-        {
+        let read = {
             let mut guard = self.lock();
             let state = &mut *guard;
+            #[cfg(test)]
+            assert!(!self.panic_next.swap(false, std::sync::atomic::Ordering::Relaxed), "the test wants a panic here");
             messages.clear();
-            self.uffd.read_all(buffer, messages)?;
+            let read = self.uffd.read_all(buffer, messages);
             let read_at = Instant::now();
             // A fault may be read before the removal that caused it: removals first.
             for message in messages.iter().filter(|message| !matches!(message, Message::Fault { .. })) {
@@ -258,12 +243,13 @@ impl Engine {
                     Message::Remove { .. } | Message::Unmap { .. } | Message::Remap { .. } => {}
                 }
             }
-        }
+            read
+        };
         self.request_or_gather(asks);
-        Ok(())
+        read
     }
 
-    fn fault(&self, state: &mut State, address: usize, read_at: Instant, asks: &mut Vec<Ask>) {
+    pub(super) fn fault(&self, state: &mut State, address: usize, read_at: Instant, asks: &mut Vec<Ask>) {
         let address = address & !(self.page.len() - 1);
         let Some((id, page)) = state.map.find(address as u64) else {
             // Registered and no region's: what mremap(MREMAP_DONTUNMAP) leaves behind, which reads as zeros.
@@ -332,124 +318,20 @@ impl Engine {
         }
     }
 
-    /// A child got a copy of the memory (somebody undid `MADV_DONTFORK`). Its pages never come: poison what is missing before its descriptor
-    /// closes.
-    fn forked(&self, state: &mut State, child: Userfault) {
-        if !self.uffd.features().contains(Features::POISON) {
-            state.children.push(child);
-            return;
-        }
-        for (at, segment) in state.map.segments() {
-            let Some(entry) = state.regions.get(&segment.region) else { continue };
-            for missing in entry.core.residency().missing(segment.extent) {
-                let address = at + self.page.offset_of(missing.first() - segment.extent.first());
-                #[allow(clippy::cast_possible_truncation, reason = "addresses of this process fit usize")]
-                let filled = fill(&child, self.page, address as usize, Fill::Poison(page_len(self.page, missing.count())));
-                tracing::debug!(?filled, %missing, "poisoned what a forked child misses");
+    /// A turn of a loop of the pager; `None` if it panicked.
+    fn turn<T>(&self, turn: impl FnOnce() -> T) -> Option<T> {
+        let done = catch_unwind(AssertUnwindSafe(turn)).ok();
+        if done.is_none() {
+            tracing::error!("the pager panicked; all missing pages are poisoned");
+            if catch_unwind(AssertUnwindSafe(|| self.rescue())).is_err() {
+                // Better no process than a silent zero page (S1).
+                std::process::abort();
             }
         }
+        done
     }
 
-    /// Puts content in place at `address`, where the pages of `extent` are.
-    fn put(&self, state: &mut State, region: Option<RegionId>, address: usize, extent: Extent, what: Owned, origin: Origin) {
-        let start = Instant::now();
-        let filled = fill(&self.uffd, self.page, address, what.fill(self.page, extent.count()));
-        let Filled { again_from, already_here, gone, failed, calls } = filled;
-        let stopped = again_from.or(failed.map(|(from, _)| from));
-        let done = stopped.map_or(extent.count(), |from| self.page.page_of(from as u64));
-        let (now, rest) =
-            (Extent::between(extent.first(), extent.first() + done), Extent::between(extent.first() + done, extent.end()));
-        if let Some(id) = region
-            && let Some(entry) = state.regions.get_mut(&id)
-        {
-            let counters = &entry.counters;
-            add(&counters.installs, calls);
-            add(&counters.pages_stale, already_here + gone);
-            let installed = now.count().saturating_sub(already_here + gone);
-            match (&what, origin) {
-                (Owned::Poison, _) => add(&counters.pages_poisoned, installed),
-                (Owned::Zeros, _) => add(&counters.pages_zero, installed),
-                (Owned::Bytes(_), Origin::Demand) => add(&counters.pages_demand, installed),
-                (Owned::Bytes(_), Origin::Around) => add(&counters.pages_around, installed),
-                (Owned::Bytes(_), Origin::Pull) => add(&counters.pages_pull, installed),
-            }
-            if !matches!(what, Owned::Poison) {
-                entry.core.installed(now);
-                counters.hops.hop(crate::Hop::Install).record(start.elapsed());
-            }
-            if again_from.is_some() {
-                add(&counters.installs_again, 1);
-                entry.core.postponed(rest);
-            }
-        }
-        if again_from.is_some() {
-            let address = address + page_len(self.page, done);
-            let what = what.part(self.page, done, rest.count());
-            state.again.push_back(Again { region, address, extent: rest, what, origin });
-            self.settle.notify_one();
-        } else if let Some((_, errno)) = failed {
-            tracing::error!(%errno, ?region, %rest, "the kernel refused an install; the pages are lost");
-            if let Some(id) = region
-                && !matches!(what, Owned::Poison)
-            {
-                let lost = state.regions.get_mut(&id).map(|entry| entry.core.lose(rest)).unwrap_or_default();
-                lost.into_iter().for_each(|extent| self.poison(state, id, extent));
-            }
-        }
-    }
-
-    /// Installs pages of a region wherever they are mapped now.
-    pub(super) fn install(&self, state: &mut State, id: RegionId, extent: Extent, what: &Owned, origin: Origin) {
-        for (address, piece) in state.map.locate(id, extent) {
-            let part = what.part(self.page, piece.first() - extent.first(), piece.count());
-            #[allow(clippy::cast_possible_truncation, reason = "addresses of this process fit usize")]
-            self.put(state, Some(id), address as usize, piece, part, origin);
-        }
-    }
-
-    /// Makes pages that `core` has given up raise a signal, and wakes whoever waits for them.
-    pub(super) fn poison(&self, state: &mut State, id: RegionId, extent: Extent) {
-        if self.uffd.features().contains(Features::POISON) {
-            return self.install(state, id, extent, &Owned::Poison, Origin::Demand);
-        }
-        let Some(mapping) = state.regions.get(&id).and_then(|entry| entry.mapping.upgrade()) else { return };
-        for (address, piece) in state.map.locate(id, extent) {
-            let offset = address.saturating_sub(mapping.address() as u64);
-            let len = page_len(self.page, piece.count());
-            match mapping.forbid(offset, len) {
-                Ok(()) => self.uffd.wake(mapping.address() + page_len(self.page, self.page.page_of(offset)), len),
-                // Left missing and registered: its waiters block, which is bad, but nobody reads a zero that should be data.
-                Err(error) => tracing::error!(%error, %piece, "lost pages can be neither poisoned nor forbidden"),
-            }
-        }
-    }
-
-    /// Tries again what the kernel put off. Whether anything is left.
-    fn settle_once(&self) -> bool {
-        let mut guard = self.lock();
-        let state = &mut *guard;
-        for _ in 0..state.again.len() {
-            let Some(Again { region, address, extent, what, origin }) = state.again.pop_front() else { break };
-            let Some(id) = region else {
-                self.put(state, None, address, extent, what, origin);
-                continue;
-            };
-            let Some(entry) = state.regions.get_mut(&id) else { continue };
-            let wanted: Vec<Extent> = match what {
-                Owned::Poison => entry.core.residency().lost(extent).collect(),
-                _ => entry.core.arrived(extent, Origin::Demand),
-            };
-            let changed = entry.changed.clone();
-            for piece in wanted {
-                let part = what.part(self.page, piece.first() - extent.first(), piece.count());
-                self.install(state, id, piece, &part, origin);
-            }
-            changed.notify_waiters();
-        }
-        !state.again.is_empty()
-    }
-
-    /// After a panic in the loop: no missing page may ever read as zeros, and no thread may wait for ever.
+    /// After a panic in a loop: no missing page may ever read as zeros, and no thread may wait for ever.
     fn rescue(&self) {
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -486,21 +368,14 @@ async fn read_messages(engine: Weak<Engine>, readable: AsyncFd<std::os::fd::Owne
             _ = &mut stop => return,
         };
         let Some(engine) = engine.upgrade() else { return };
-        match catch_unwind(AssertUnwindSafe(|| engine.serve(&mut buffer, &mut messages))) {
+        match engine.turn(|| engine.serve(&mut buffer, &mut messages)) {
             // Messages that come after the read make the descriptor ready anew: its readiness is edge-triggered.
-            Ok(Ok(())) => ready.clear_ready(),
-            Ok(Err(error)) => {
+            Some(Ok(())) => ready.clear_ready(),
+            Some(Err(error)) => {
                 tracing::error!(%error, "reading page faults failed");
                 ready.clear_ready();
             }
-            Err(_) => {
-                tracing::error!("the pager panicked; all missing pages are poisoned");
-                messages.clear();
-                if catch_unwind(AssertUnwindSafe(|| engine.rescue())).is_err() {
-                    // Better no process than a silent zero page (S1).
-                    std::process::abort();
-                }
-            }
+            None => {}
         }
     }
 }
@@ -513,8 +388,8 @@ async fn settle(engine: Weak<Engine>, more: Arc<Notify>) {
         more.notified().await;
         let mut attempts = 0;
         loop {
-            let Some(left) = engine.upgrade().map(|engine| engine.settle_once()) else { return };
-            if !left {
+            let Some(left) = engine.upgrade().map(|engine| engine.turn(|| engine.settle_once())) else { return };
+            if left == Some(false) {
                 break;
             }
             attempts += 1;

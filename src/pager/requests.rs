@@ -7,15 +7,17 @@
 use super::{
     address_map::RegionId,
     core::Origin,
-    engine::{Engine, Owned},
-    retry::Next,
+    engine::Engine,
+    place::Owned,
+    retry::{Next, Outage},
 };
-use crate::{Content, Extent, Hop, Loss, OnLoss, PageStore, RegionError, RegionEvent, Run, StoreError, Verdict, stats::add};
+use crate::{Content, Extent, Hop, Loss, OnLoss, PageStore, RegionEvent, Run, StoreError, Verdict, stats::add};
 use std::{
+    collections::VecDeque,
     future::Future,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
-    sync::{Arc, Weak},
+    sync::{Arc, Mutex, PoisonError, Weak},
     task::{Context, Waker},
     time::{Duration, Instant},
 };
@@ -32,10 +34,45 @@ pub(super) struct Ask {
 /// A store that takes no longer has its pages in memory here: a wake-up alone takes about as long.
 const AT_ONCE: Duration = Duration::from_micros(10);
 
+/// Requests in the order in which they are to be made. A store that answers at once lets a waiting fault have its turn while its own
+/// request is being made; were that one made there and then, a thousand waiting faults would be as many frames of stack.
+#[derive(Default)]
+pub(super) struct Asks(Mutex<Queue>);
+
+#[derive(Default)]
+struct Queue {
+    asks: VecDeque<Ask>,
+    /// Somebody further up the stack makes them.
+    being_made: bool,
+}
+
+impl Asks {
+    /// Whether the caller must make requests until there are no more.
+    fn push(&self, ask: Ask) -> bool {
+        let mut queue = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.asks.push_back(ask);
+        !std::mem::replace(&mut queue.being_made, true)
+    }
+
+    fn pop(&self) -> Option<Ask> {
+        let mut queue = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.being_made = !queue.asks.is_empty();
+        queue.asks.pop_front()
+    }
+}
+
 /// What comes after a reply.
-enum After {
+pub(super) enum After {
     Done,
-    Retry { wait: Duration, store: Arc<dyn PageStore> },
+    Retry { wait: Duration, store: Arc<dyn PageStore>, failing_since: Option<Instant> },
+}
+
+/// A read that failed.
+pub(super) struct Failure {
+    pub(super) error: StoreError,
+    pub(super) attempt: u32,
+    /// Since when reads of these pages fail without a break.
+    pub(super) since: Instant,
 }
 
 impl Engine {
@@ -44,17 +81,22 @@ impl Engine {
     /// The store is asked before anything else runs, and a store that has the pages at hand answers here and now: a task would only
     /// add a turn of the scheduler to the fault.
     pub(super) fn request(&self, ask: Ask) {
-        if ask.origin == Origin::Demand {
-            self.service.polling().expect();
-            self.gather.sent();
+        if !self.asks.push(ask) {
+            return;
         }
-        let mut future: Pin<Box<dyn Future<Output = ()> + Send>> =
-            Box::pin(Outstanding { engine: self.me.clone(), ask, over: false }.run());
-        let mut context = Context::from_waker(Waker::noop());
-        // A task polls it again at once, with its own waker.
-        let first = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(&mut context)));
-        if matches!(first, Ok(std::task::Poll::Pending)) {
-            self.service.spawn(future);
+        while let Some(ask) = self.asks.pop() {
+            if ask.origin == Origin::Demand {
+                self.service.polling().expect();
+                self.gather.sent();
+            }
+            let mut future: Pin<Box<dyn Future<Output = ()> + Send>> =
+                Box::pin(Outstanding { engine: self.me.clone(), ask, over: false }.run());
+            let mut context = Context::from_waker(Waker::noop());
+            // A task polls it again at once, with its own waker.
+            let first = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(&mut context)));
+            if matches!(first, Ok(std::task::Poll::Pending)) {
+                self.service.spawn(future);
+            }
         }
     }
 
@@ -71,23 +113,32 @@ impl Engine {
     }
 
     /// Pages came, or an error did.
-    fn reply(&self, ask: &Ask, attempt: u32, asked_at: Instant, read: Result<Vec<Run>, StoreError>) -> After {
-        let runs = match read.and_then(|runs| checked(ask.extent, runs, self.page)) {
+    fn reply(&self, ask: &Ask, asked_at: Instant, read: Result<Vec<Run>, Failure>) -> After {
+        let runs = match read {
             Ok(runs) => runs,
-            Err(error) => return self.failed(ask, attempt, error),
+            Err(failure) => return self.failed(ask, failure),
         };
         let replied_at = Instant::now();
         let mut guard = self.lock();
         let state = &mut *guard;
+        let Some(entry) = state.regions.get_mut(&ask.region) else { return After::Done };
+        let mut installs = Vec::with_capacity(runs.len());
         for run in runs {
-            let Some(entry) = state.regions.get_mut(&ask.region) else { return After::Done };
             let wanted = entry.core.arrived(run.extent, ask.origin);
             let wanted_pages: u64 = wanted.iter().map(|extent| extent.count()).sum();
             add(&entry.counters.pages_stale, run.extent.count() - wanted_pages);
+            installs.push((run, wanted));
+        }
+        // Before the installs: pages that the kernel puts off count as asked for until it takes them, though their request is over.
+        let next = entry.core.answered(ask.extent);
+        entry.answered_by_store();
+        let (store, changed) = (entry.store.clone(), entry.changed.clone());
+        for (run, wanted) in installs {
             self.install_parts(state, ask.region, &run, wanted, ask.origin);
         }
-        let Some(entry) = state.regions.get_mut(&ask.region) else { return After::Done };
-        if ask.origin == Origin::Demand {
+        if ask.origin == Origin::Demand
+            && let Some(entry) = state.regions.get(&ask.region)
+        {
             // A store that answers at once will see the next fault of the same thread soon: keep polling. Where a peer was asked, the core
             // is better left to the thread that was woken.
             if replied_at - asked_at < AT_ONCE {
@@ -100,16 +151,20 @@ impl Engine {
             hops.hop(Hop::Store).record(replied_at - asked_at);
             hops.hop(Hop::Total).record(ask.read_at.elapsed());
         }
-        entry.answered_by_store();
-        let next = entry.core.answered(ask.extent);
-        let store = entry.store.clone();
-        entry.changed.notify_waiters();
         drop(guard);
+        changed.notify_waiters();
         self.request_faults(ask.region, &store, next);
         After::Done
     }
 
-    fn install_parts(&self, state: &mut super::engine::State, id: RegionId, run: &Run, wanted: Vec<Extent>, origin: Origin) {
+    pub(super) fn install_parts(
+        &self,
+        state: &mut super::engine::State,
+        id: RegionId,
+        run: &Run,
+        wanted: Vec<Extent>,
+        origin: Origin,
+    ) {
         let page = self.page;
         for extent in wanted {
             let what = match &run.content {
@@ -126,29 +181,33 @@ impl Engine {
     }
 
     /// A read failed: again, or the loss policy's last word.
-    fn failed(&self, ask: &Ask, attempt: u32, error: StoreError) -> After {
+    pub(super) fn failed(&self, ask: &Ask, failure: Failure) -> After {
+        let Failure { error, attempt, since } = failure;
         let mut guard = self.lock();
         let Some(entry) = guard.regions.get_mut(&ask.region) else { return After::Done };
-        if entry.core.arrived(ask.extent, ask.origin).is_empty() && ask.origin != Origin::Pull {
-            // Nobody wants these pages any more.
-            let (next, store) = (entry.core.answered(ask.extent), entry.store.clone());
+        let unwanted = ask.origin != Origin::Pull && entry.core.arrived(ask.extent, ask.origin).is_empty();
+        if unwanted || ask.origin == Origin::Around {
             drop(guard);
-            self.request_faults(ask.region, &store, next);
-            return After::Done;
+            return self.forget(ask);
         }
         let replaced = !Arc::ptr_eq(&entry.store, &ask.store);
         if replaced {
-            return After::Retry { wait: Duration::ZERO, store: entry.store.clone() };
+            return After::Retry { wait: Duration::ZERO, store: entry.store.clone(), failing_since: None };
         }
+        // A store that is away is away for all pages; another error concerns these alone.
+        let mut given_up = ask.extent;
         if error.is_transient() {
             if entry.outage.starts() {
                 tracing::warn!(region = entry.name, %error, "the store is away; reads are repeated");
                 let _ = entry.events.send(RegionEvent::StoreAway { cause: error.clone() });
             }
-            let next = entry.outage.failed(Instant::now(), entry.loss.keep_trying, attempt, ask.extent.first());
-            if let Next::RetryAfter(wait) = next {
-                add(&entry.counters.retries, 1);
-                return After::Retry { wait, store: entry.store.clone() };
+            match entry.outage.failed(Instant::now(), since, entry.loss.keep_trying, attempt, ask.extent.first()) {
+                Next::RetryAfter(wait) => {
+                    add(&entry.counters.retries, 1);
+                    return After::Retry { wait, store: entry.store.clone(), failing_since: Some(since) };
+                }
+                Next::GiveUpAll => given_up = entry.core.residency().extent(),
+                Next::GiveUpThis => {}
             }
         }
         let (then, name) = (entry.loss.then.clone(), entry.name.clone());
@@ -161,38 +220,58 @@ impl Engine {
                 catch_unwind(AssertUnwindSafe(|| decide(&loss))).unwrap_or(Verdict::Poison)
             }
         };
-        self.carry_out(ask, error, verdict)
+        self.carry_out(ask, error, given_up, verdict)
     }
 
-    fn carry_out(&self, ask: &Ask, error: StoreError, verdict: Verdict) -> After {
+    /// Ends a request without pages that nobody is known to need. Neighbours that could not be read ahead are no loss: whoever waits for one
+    /// touches it again, and then it is asked for by name.
+    fn forget(&self, ask: &Ask) -> After {
         let mut guard = self.lock();
         let state = &mut *guard;
         let Some(entry) = state.regions.get_mut(&ask.region) else { return After::Done };
+        let (next, store) = (entry.core.answered(ask.extent), entry.store.clone());
+        for (address, piece) in state.map.locate(ask.region, ask.extent) {
+            #[allow(clippy::cast_possible_truncation, reason = "addresses of this process fit usize")]
+            self.uffd.wake(address as usize, piece.bytes(self.page) as usize);
+        }
+        drop(guard);
+        self.request_faults(ask.region, &store, next);
+        After::Done
+    }
+
+    /// Does with the pages of `ask` what the program or its policy decided, and poisons `given_up` if that is it.
+    fn carry_out(&self, ask: &Ask, error: StoreError, given_up: Extent, verdict: Verdict) -> After {
+        // Declared before the lock, so dropped after it: a callback may hold the last handle of a region.
+        let _replaced;
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let Some(entry) = state.regions.get_mut(&ask.region) else { return After::Done };
+        let next;
         match verdict {
             Verdict::Fallback(store) => {
                 tracing::warn!(region = entry.name, %error, "the store is lost; another one answers from now on");
                 entry.store = store.clone();
                 entry.outage.over();
                 // The spare has no spare.
-                entry.loss.then = OnLoss::Poison;
-                return After::Retry { wait: Duration::ZERO, store };
+                _replaced = std::mem::replace(&mut entry.loss.then, OnLoss::Poison);
+                return After::Retry { wait: Duration::ZERO, store, failing_since: None };
             }
             Verdict::KeepTrying(time) => {
                 entry.loss.keep_trying = time;
                 entry.outage.over();
                 let wait = Duration::from_millis(20).min(time.max(Duration::from_millis(1)));
-                return After::Retry { wait, store: entry.store.clone() };
+                return After::Retry { wait, store: entry.store.clone(), failing_since: None };
             }
             Verdict::Zero => {
                 let wanted = entry.core.arrived(ask.extent, ask.origin);
+                next = entry.ended(ask);
                 for extent in wanted {
                     self.install(state, ask.region, extent, &Owned::Zeros, ask.origin);
                 }
             }
             Verdict::Poison => {
-                // A store that is away is away for all pages; another error concerns these alone.
-                let whole = entry.core.residency().extent();
-                let lost = entry.core.lose(if error.is_transient() { whole } else { ask.extent });
+                let lost = entry.core.lose(given_up);
+                next = entry.ended(ask);
                 entry.cause = Some(error.clone());
                 for extent in lost {
                     tracing::error!(region = state.regions.get(&ask.region).map(|entry| entry.name.as_str()), %extent, %error, "pages are lost");
@@ -204,142 +283,21 @@ impl Engine {
             }
         }
         let Some(entry) = state.regions.get_mut(&ask.region) else { return After::Done };
-        let (next, store) = (entry.core.answered(ask.extent), entry.store.clone());
+        let store = entry.store.clone();
         entry.changed.notify_waiters();
         drop(guard);
         self.request_faults(ask.region, &store, next);
         After::Done
     }
-
-    /// Brings `within` in and returns when all of it is resident (or reads as zeros because the program discarded it).
-    pub(crate) async fn populate(self: Arc<Self>, id: RegionId, within: Extent) -> Result<(), RegionError> {
-        const STEP_BYTES: u64 = 1 << 20;
-        loop {
-            let Some(changed) = self.with_entry(id, |entry| entry.changed.clone()) else { return Err(RegionError::PagerStopped) };
-            let mut changed = std::pin::pin!(changed.notified());
-            changed.as_mut().enable();
-            let look = self.with_entry(id, |entry| {
-                let residency = entry.core.residency();
-                if let Some(extent) = residency.lost(within).next() {
-                    return Err(RegionError::Lost { extent, cause: entry.cause.clone().unwrap_or(StoreError::Closed) });
-                }
-                if residency.missing(within).next().is_none() {
-                    return Ok(None);
-                }
-                Ok(Some((entry.core.want(within), entry.store.clone())))
-            });
-            match look.ok_or(RegionError::PagerStopped)?? {
-                None => return Ok(()),
-                Some((claimed, store)) => {
-                    let step = STEP_BYTES / self.page.bytes();
-                    for extent in claimed.into_iter().flat_map(|extent| extent.chunks(step)) {
-                        let (store, read_at) = (store.clone(), Instant::now());
-                        self.request(Ask { region: id, extent, origin: Origin::Demand, store, read_at });
-                    }
-                }
-            }
-            changed.await;
-        }
-    }
-
-    /// Streams all that is missing in the background and returns when nothing is.
-    pub(crate) async fn pull(engine: Weak<Engine>, id: RegionId) -> Result<(), RegionError> {
-        let mut attempt = 0;
-        loop {
-            let Some(strong) = engine.upgrade() else { return Err(RegionError::PagerStopped) };
-            let changed = strong.with_entry(id, |entry| entry.changed.clone()).ok_or(RegionError::PagerStopped)?;
-            let mut changed = std::pin::pin!(changed.notified());
-            changed.as_mut().enable();
-            let look = strong.with_entry(id, |entry| {
-                let residency = entry.core.residency();
-                let all = residency.extent();
-                if residency.missing(all).next().is_none() {
-                    let lost = residency.lost(all).next();
-                    let cause = entry.cause.clone().unwrap_or(StoreError::Closed);
-                    let _ = entry.events.send(RegionEvent::Resident);
-                    return Err(lost.map_or(Ok(()), |extent| Err(RegionError::Lost { extent, cause })));
-                }
-                Ok((residency.unasked(all).collect::<Vec<_>>(), entry.store.clone()))
-            });
-            drop(strong);
-            let (missing, store) = match look.ok_or(RegionError::PagerStopped)? {
-                Ok(work) => work,
-                Err(over) => return over,
-            };
-            let Some(first) = missing.first().copied() else {
-                // What is left is on its way because of faults.
-                changed.await;
-                continue;
-            };
-            let error = match pull_once(&engine, id, &store, missing).await? {
-                Ok(0) => StoreError::Protocol(format!("the bulk read ended without {first}")),
-                Ok(_) => {
-                    attempt = 0;
-                    continue;
-                }
-                Err(error) => error,
-            };
-            let strong = engine.upgrade().ok_or(RegionError::PagerStopped)?;
-            let ask = Ask { region: id, extent: first, origin: Origin::Pull, store, read_at: Instant::now() };
-            let after = strong.failed(&ask, attempt, error);
-            drop(strong);
-            attempt += 1;
-            if let After::Retry { wait, .. } = after {
-                tokio::time::sleep(wait).await;
-            }
-        }
-    }
-}
-
-/// One bulk read to its end: how many pages it brought, or the store's error.
-async fn pull_once(
-    engine: &Weak<Engine>,
-    id: RegionId,
-    store: &Arc<dyn PageStore>,
-    missing: Vec<Extent>,
-) -> Result<Result<u64, StoreError>, RegionError> {
-    let mut pages = 0;
-    let mut pull = match store.pull(missing).await {
-        Ok(pull) => pull,
-        Err(error) => return Ok(Err(error)),
-    };
-    loop {
-        let run = match pull.next().await {
-            Ok(Some(run)) => run,
-            Ok(None) => return Ok(Ok(pages)),
-            Err(error) => return Ok(Err(error)),
-        };
-        let engine = engine.upgrade().ok_or(RegionError::PagerStopped)?;
-        pages += run.extent.count();
-        if let Err(error) = engine.pulled(id, run)? {
-            return Ok(Err(error));
-        }
-        // A fault that came meanwhile goes first.
-        tokio::task::yield_now().await;
-    }
-}
-
-impl Engine {
-    fn pulled(&self, id: RegionId, run: Run) -> Result<Result<(), StoreError>, RegionError> {
-        let mut guard = self.lock();
-        let state = &mut *guard;
-        let entry = state.regions.get_mut(&id).ok_or(RegionError::PagerStopped)?;
-        if let Err(error) = check_run(&run, entry.core.residency().extent(), self.page) {
-            return Ok(Err(error));
-        }
-        entry.answered_by_store();
-        let wanted = entry.core.arrived(run.extent, Origin::Pull);
-        let wanted_pages: u64 = wanted.iter().map(|extent| extent.count()).sum();
-        add(&entry.counters.pages_stale, run.extent.count() - wanted_pages);
-        let changed = entry.changed.clone();
-        self.install_parts(state, id, &run, wanted, Origin::Pull);
-        changed.notify_waiters();
-        Ok(Ok(()))
-    }
 }
 
 impl super::engine::Entry {
-    fn answered_by_store(&mut self) {
+    /// A request is over: the faults that may be asked for now. A pull is no request of `core`'s.
+    fn ended(&mut self, ask: &Ask) -> Vec<u64> {
+        if ask.origin == Origin::Pull { Vec::new() } else { self.core.answered(ask.extent) }
+    }
+
+    pub(super) fn answered_by_store(&mut self) {
         if self.outage.over() {
             tracing::info!(region = self.name, "the store is back");
             let _ = self.events.send(RegionEvent::StoreBack);
@@ -367,7 +325,7 @@ fn checked(asked: Extent, runs: Vec<Run>, page: crate::PageSize) -> Result<Vec<R
     }
 }
 
-fn check_run(run: &Run, within: Extent, page: crate::PageSize) -> Result<(), StoreError> {
+pub(super) fn check_run(run: &Run, within: Extent, page: crate::PageSize) -> Result<(), StoreError> {
     let expected_bytes = run.extent.bytes(page);
     match &run.content {
         _ if run.extent.is_empty() || !within.covers(run.extent) => {
@@ -389,34 +347,41 @@ struct Outstanding {
 
 impl Outstanding {
     async fn run(mut self) {
-        let mut attempt = 0;
+        let (mut attempt, mut failing_since) = (0, None);
         loop {
             let asked_at = Instant::now();
             let (store, extent) = (self.ask.store.clone(), self.ask.extent);
-            let read = match self.ask.origin {
-                Origin::Demand => store.read(extent).await,
-                Origin::Around | Origin::Pull => store.read_behind(extent).await,
-            };
-            let after = match self.engine.upgrade() {
-                Some(engine) => engine.reply(&self.ask, attempt, asked_at, read),
-                None => After::Done,
-            };
-            match after {
-                After::Done => {
-                    self.end();
-                    return;
+            let patience =
+                self.engine.upgrade().and_then(|engine| engine.with_entry(self.ask.region, |entry| entry.loss.keep_trying));
+            let Some(patience) = patience else { break };
+            let read = async {
+                match self.ask.origin {
+                    Origin::Demand => store.read(extent).await,
+                    Origin::Around | Origin::Pull => store.read_behind(extent).await,
                 }
-                After::Retry { wait, store } => {
+            };
+            let within = Outage::answer_within(asked_at, failing_since, patience);
+            let read = match tokio::time::timeout(within, read).await {
+                Ok(read) => read.map_err(|error| (error, Instant::now())),
+                Err(_) => Err((no_answer(within), asked_at)),
+            };
+            let Some(engine) = self.engine.upgrade() else { break };
+            let read = read.and_then(|runs| checked(extent, runs, engine.page).map_err(|error| (error, Instant::now())));
+            let read =
+                read.map_err(|(error, failed_at)| Failure { error, attempt, since: *failing_since.get_or_insert(failed_at) });
+            match engine.reply(&self.ask, asked_at, read) {
+                After::Done => break,
+                After::Retry { wait, store, failing_since: since } => {
+                    drop(engine);
                     attempt += 1;
-                    self.ask.store = store;
+                    (self.ask.store, failing_since) = (store, since);
                     tokio::time::sleep(wait).await;
                 }
             }
         }
+        self.end();
     }
-}
 
-impl Outstanding {
     fn end(&mut self) {
         self.over = true;
         if self.ask.origin == Origin::Demand
@@ -425,6 +390,10 @@ impl Outstanding {
             engine.demand_answered();
         }
     }
+}
+
+fn no_answer(within: Duration) -> StoreError {
+    StoreError::Unreachable { peer: "store".into(), reason: format!("it did not answer a read within {within:?}") }
 }
 
 impl Drop for Outstanding {
@@ -436,6 +405,9 @@ impl Drop for Outstanding {
         let Some(engine) = self.engine.upgrade() else { return };
         let error = StoreError::Protocol("the store panicked while it read".into());
         // `KeepTrying` and `Fallback` would need a new task, and this may be the end of the runtime: only poison is sure.
-        let _ = engine.carry_out(&self.ask, error, Verdict::Poison);
+        let _ = match self.ask.origin {
+            Origin::Around => engine.forget(&self.ask),
+            Origin::Demand | Origin::Pull => engine.carry_out(&self.ask, error, self.ask.extent, Verdict::Poison),
+        };
     }
 }

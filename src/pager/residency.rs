@@ -98,7 +98,12 @@ impl Residency {
 
     /// Extents inside `within` that are missing and asked for.
     pub(crate) fn asked(&self, within: Extent) -> impl Iterator<Item = Extent> + '_ {
-        self.runs(within, |this, page| this.asked[page] && !this.resident[page])
+        self.runs(within, |this, page| this.asked[page] && !this.resident[page] && !this.discarded[page] && !this.lost[page])
+    }
+
+    /// Extents inside `within` that were discarded and hold nothing since.
+    pub(crate) fn discarded(&self, within: Extent) -> impl Iterator<Item = Extent> + '_ {
+        self.runs(within, |this, page| this.discarded[page] && !this.resident[page])
     }
 
     /// Extents inside `within` that were lost.
@@ -219,6 +224,8 @@ mod tests {
             let flat = |runs: Vec<Extent>| -> Vec<u64> { runs.into_iter().flat_map(Extent::pages).collect() };
             prop_assert_eq!(flat(ours.missing(within).collect()), pages(|p| !p.resident && !p.discarded && !p.lost));
             prop_assert_eq!(flat(ours.unasked(within).collect()), pages(|p| !p.resident && !p.discarded && !p.lost && !p.asked));
+            prop_assert_eq!(flat(ours.asked(within).collect()), pages(|p| p.asked && !p.resident && !p.discarded && !p.lost));
+            prop_assert_eq!(flat(ours.discarded(within).collect()), pages(|p| p.discarded && !p.resident));
             prop_assert_eq!(flat(ours.resident(within).collect()), pages(|p| p.resident));
             prop_assert_eq!(flat(ours.lost(within).collect()), pages(|p| p.lost));
             let count = |holds: fn(&Page) -> bool| naive.iter().filter(|page| holds(page)).count() as u64;

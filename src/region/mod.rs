@@ -14,6 +14,7 @@ use crate::{
     sys::Mapping,
 };
 use std::{
+    mem::ManuallyDrop,
     ops::Range,
     sync::{
         Arc, Weak,
@@ -151,7 +152,8 @@ impl Region {
 
     /// Start of the memory, valid for [`len`](Region::len) bytes while a clone of the region lives. See docs/safety.md for what may be done with it: in short, a
     /// slice made from it is sound only while nobody writes the range, and a touch may block or, when the peer is lost, raise
-    /// SIGBUS.
+    /// SIGBUS. Parts may be unmapped or moved away (`munmap`, `mremap`) if something keeps their addresses taken until the region is dropped, such as
+    /// `mmap` with `PROT_NONE`: the drop unmaps the whole range, whatever is there.
     #[must_use]
     pub fn as_ptr(&self) -> *mut u8 {
         self.mapping().as_ptr()
@@ -365,11 +367,14 @@ impl Drop for Inner {
         let (mapping, Some(paged)) = (self.mapping.take(), self.paged.take()) else { return };
         let Some((start, len)) = mapping.as_ref().map(|mapping| (mapping.address(), mapping.len())) else { return };
         let on_its_thread = paged.pager.service().is_current();
-        paged.pager.engine().leave(paged.id);
+        paged.pager.engine().leave(paged.id, start, len);
         // munmap(2) of a registered range waits until the pager has read the message about it; only after it are waiters woken, so none ever
         // finds a page there (S1).
+        // Not dropped but leaked where no thread can be had: unmapping on this one would be the pager waiting for itself.
+        let (mapping, paged) = (ManuallyDrop::new(mapping), ManuallyDrop::new(paged));
         let unmap = move || {
-            drop(mapping);
+            drop(ManuallyDrop::into_inner(mapping));
+            let paged = ManuallyDrop::into_inner(paged);
             paged.pager.engine().left(paged.id, start, len);
         };
         // A store or callback may hold the last handle: then this is the pager's thread, which must not wait for itself (S2).

@@ -178,6 +178,18 @@ impl Userfault {
         self.uffd.register(start as *mut _, len).map(|_| ()).map_err(crate_error)
     }
 
+    /// Whether every change of the mappings so far has been read as a message. While one has not, the kernel refuses every fill, one of
+    /// no length too (fs/userfaultfd.c, `mmap_changing`, which counts from before a range is unmapped until after its message is read).
+    pub(crate) fn is_quiet(&self) -> bool {
+        !matches!(self.zero_nothing(), Err(Errno::EAGAIN))
+    }
+
+    fn zero_nothing(&self) -> nix::Result<i32> {
+        let mut argument = FillArgument { start: 0, len: 0, mode: 0, done: COPY_OR_ZERO_DONE_AT_START };
+        // SAFETY: a range of no length; the kernel answers EINVAL, or EAGAIN before it looks.
+        unsafe { uffdio_zeropage(self.raw(), &raw mut argument) }
+    }
+
     /// Reads everything the kernel has to say now, appending to `messages`. The kernel hands out faults before other events, so
     /// a reader that stops early would see a fault without the removal that caused it.
     pub(crate) fn read_all(&self, buffer: &mut EventBuffer, messages: &mut Vec<Message>) -> io::Result<()> {

@@ -26,6 +26,8 @@ limits! {
     DATA_HEAD_BYTES = HEADER_BYTES + 16;
     /// Content of one DATA or WRITE frame, as sent and as decoded: what a receiver must be ready to hold for one frame.
     MAX_RUN_BYTES = 1 << 20;
+    /// Pages that one READ may ask for, in bytes: what a server must be ready to read for one request.
+    MAX_READ_BYTES = 16 << 20;
     /// Extents of one PULL: 1 MiB of them, as much as a run.
     MAX_PULL_EXTENTS = 65_536;
     /// The program's own state that moves with a handover, all STATE frames together.

@@ -1,0 +1,196 @@
+//! Brings pages that no thread waits for yet: a range that the program wants, and everything, in the background.
+//!
+//! Role: hops *request* to *install* for populate calls and pulls. Neighbours: `requests` makes the reads of a populate and deals with
+//! failures; `region` starts both. Invariants: a pull leaves the thread to faults between any two runs; what it installs is missing at
+//! that moment (S4); it keeps neither the region nor the pager alive.
+
+use super::{
+    address_map::RegionId,
+    core::Origin,
+    engine::Engine,
+    installer::Installer,
+    requests::{After, Ask, Failure, check_run},
+};
+use crate::{Extent, PULL_EXTENT_BYTES, PageStore, RegionError, RegionEvent, Run, StoreError, stats::add};
+use std::{
+    sync::{
+        Arc, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Instant,
+};
+
+impl Engine {
+    /// Brings `within` in and returns when all of it is resident (or reads as zeros because the program discarded it).
+    pub(crate) async fn populate(self: Arc<Self>, id: RegionId, within: Extent) -> Result<(), RegionError> {
+        const STEP_BYTES: u64 = 1 << 20;
+        loop {
+            let Some(changed) = self.with_entry(id, |entry| entry.changed.clone()) else { return Err(RegionError::PagerStopped) };
+            let mut changed = std::pin::pin!(changed.notified());
+            changed.as_mut().enable();
+            let look = self.with_entry(id, |entry| {
+                let residency = entry.core.residency();
+                if let Some(extent) = residency.lost(within).next() {
+                    return Err(RegionError::Lost { extent, cause: entry.cause.clone().unwrap_or(StoreError::Closed) });
+                }
+                if residency.missing(within).next().is_none() {
+                    return Ok(None);
+                }
+                Ok(Some((entry.core.want(within), entry.store.clone())))
+            });
+            match look.ok_or(RegionError::PagerStopped)?? {
+                None => return Ok(()),
+                Some((claimed, store)) => {
+                    let step = STEP_BYTES / self.page.bytes();
+                    for extent in claimed.into_iter().flat_map(|extent| extent.chunks(step)) {
+                        let (store, read_at) = (store.clone(), Instant::now());
+                        self.request(Ask { region: id, extent, origin: Origin::Demand, store, read_at });
+                    }
+                }
+            }
+            changed.await;
+        }
+    }
+
+    /// Streams all that is missing in the background and returns when nothing is.
+    pub(crate) async fn pull(engine: Weak<Engine>, id: RegionId) -> Result<(), RegionError> {
+        let (mut attempt, mut failing_since) = (0, None);
+        loop {
+            let Some(strong) = engine.upgrade() else { return Err(RegionError::PagerStopped) };
+            let changed = strong.with_entry(id, |entry| entry.changed.clone()).ok_or(RegionError::PagerStopped)?;
+            let mut changed = std::pin::pin!(changed.notified());
+            changed.as_mut().enable();
+            let look = strong.with_entry(id, |entry| {
+                let residency = entry.core.residency();
+                let all = residency.extent();
+                if residency.missing(all).next().is_none() {
+                    let lost = residency.lost(all).next();
+                    let cause = entry.cause.clone().unwrap_or(StoreError::Closed);
+                    let _ = entry.events.send(RegionEvent::Resident);
+                    return Err(lost.map_or(Ok(()), |extent| Err(RegionError::Lost { extent, cause })));
+                }
+                Ok((residency.unasked(all).collect::<Vec<_>>(), entry.store.clone()))
+            });
+            drop(strong);
+            let (missing, store) = match look.ok_or(RegionError::PagerStopped)? {
+                Ok(work) => work,
+                Err(over) => return over,
+            };
+            if missing.is_empty() {
+                // What is left is on its way because of faults.
+                changed.await;
+                continue;
+            }
+            let (pages, end) = pull_once(&engine, id, &store, missing.clone()).await?;
+            if pages > 0 {
+                (attempt, failing_since) = (0, None);
+            }
+            let strong = engine.upgrade().ok_or(RegionError::PagerStopped)?;
+            // A bulk read may leave out what was sent in answer to a fault meanwhile; and its error may concern any of its pages, of which those
+            // that come first and did not come are given up, if it comes to that: a few at first.
+            let step = (PULL_EXTENT_BYTES / strong.page.bytes()) << attempt.min(20);
+            let left = strong.with_entry(id, |entry| {
+                let left = missing.iter().flat_map(|extent| entry.core.residency().unasked(*extent)).next();
+                left.and_then(|extent| extent.chunks(step).next())
+            });
+            let Some(extent) = left.ok_or(RegionError::PagerStopped)? else { continue };
+            let error = match end {
+                Ok(()) if pages > 0 => continue,
+                // What was sent on demand may have been for another region over the same store: the next bulk read starts its own account.
+                Ok(()) if attempt < LEFT_OUT_MAX => {
+                    attempt += 1;
+                    continue;
+                }
+                Ok(()) => StoreError::Protocol(format!("the bulk read ended without {extent}")),
+                Err(error) => error,
+            };
+            let ask = Ask { region: id, extent, origin: Origin::Pull, store, read_at: Instant::now() };
+            let since = *failing_since.get_or_insert_with(Instant::now);
+            let after = strong.failed(&ask, Failure { error, attempt, since });
+            drop(strong);
+            attempt += 1;
+            if let After::Retry { wait, failing_since: since, .. } = after {
+                failing_since = since;
+                tokio::time::sleep(wait).await;
+            }
+        }
+    }
+}
+
+/// Bulk reads in a row that may end without a page that is still missing.
+const LEFT_OUT_MAX: u32 = 3;
+
+/// One bulk read to its end: how many pages it brought that were wanted, and how it ended.
+async fn pull_once(
+    engine: &Weak<Engine>,
+    id: RegionId,
+    store: &Arc<dyn PageStore>,
+    missing: Vec<Extent>,
+) -> Result<(u64, Result<(), StoreError>), RegionError> {
+    let installer = engine.upgrade().ok_or(RegionError::PagerStopped)?.installer()?;
+    let wanted_pages = Arc::new(AtomicU64::new(0));
+    let end = stream_in(engine, id, store, missing, &installer, &wanted_pages).await;
+    // What came is here before anybody asks what is still missing.
+    installer.settled().await?;
+    Ok((wanted_pages.load(Relaxed), end?))
+}
+
+async fn stream_in(
+    engine: &Weak<Engine>,
+    id: RegionId,
+    store: &Arc<dyn PageStore>,
+    missing: Vec<Extent>,
+    installer: &Installer,
+    wanted_pages: &Arc<AtomicU64>,
+) -> Result<Result<(), StoreError>, RegionError> {
+    let mut pull = match store.pull(missing).await {
+        Ok(pull) => pull,
+        Err(error) => return Ok(Err(error)),
+    };
+    loop {
+        let run = match pull.next().await {
+            Ok(Some(run)) => run,
+            Ok(None) => return Ok(Ok(())),
+            Err(error) => return Ok(Err(error)),
+        };
+        let (within, page) = {
+            let engine = engine.upgrade().ok_or(RegionError::PagerStopped)?;
+            let within = engine.with_entry(id, |entry| entry.residency().extent()).ok_or(RegionError::PagerStopped)?;
+            (within, engine.page)
+        };
+        if let Err(error) = check_run(&run, within, page) {
+            return Ok(Err(error));
+        }
+        installer.install(id, run, wanted_pages.clone()).await?;
+        // A fault that came meanwhile goes first.
+        tokio::task::yield_now().await;
+    }
+}
+
+impl Engine {
+    /// The thread that installs what pulls bring, started with the first.
+    fn installer(&self) -> Result<Arc<Installer>, RegionError> {
+        let mut slot = self.installer.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(installer) = &*slot {
+            return Ok(installer.clone());
+        }
+        let installer = Installer::start(self.me.clone()).map_err(|error| RegionError::system("starting a thread", error))?;
+        Ok(slot.insert(Arc::new(installer)).clone())
+    }
+
+    /// Installs what a bulk read brought; how many pages of it were wanted.
+    pub(super) fn install_pulled(&self, id: RegionId, run: &Run) -> u64 {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let Some(entry) = state.regions.get_mut(&id) else { return 0 };
+        entry.answered_by_store();
+        let wanted = entry.core.arrived(run.extent, Origin::Pull);
+        let wanted_pages: u64 = wanted.iter().map(|extent| extent.count()).sum();
+        add(&entry.counters.pages_stale, run.extent.count() - wanted_pages);
+        let changed = entry.changed.clone();
+        self.install_parts(state, id, run, wanted, Origin::Pull);
+        drop(guard);
+        changed.notify_waiters();
+        wanted_pages
+    }
+}

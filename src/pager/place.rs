@@ -1,0 +1,223 @@
+//! Carries out what `core` decided about pages: bytes, zeros or poison go to wherever the pages are mapped now.
+//!
+//! Role: hops *install* and *wake* of a page's journey. Neighbours: `engine` and `requests` say which pages; `install` makes the calls.
+//! Invariants: runs under the pager's lock; what the kernel puts off is tried again until it is done or nobody wants it; pages that cannot be
+//! filled are poisoned, never left to read as zeros (S1).
+
+use super::{
+    address_map::RegionId,
+    core::Origin,
+    engine::{Engine, State},
+    install::{Fill, Filled, fill},
+};
+use crate::{
+    Content, Extent, PageSize,
+    stats::add,
+    sys::{Features, Userfault},
+};
+use bytes::Bytes;
+use std::time::Instant;
+
+/// A fill that the kernel put off.
+pub(super) struct Again {
+    /// None: an address that belongs to no region, to be filled with zeros.
+    region: Option<RegionId>,
+    address: usize,
+    extent: Extent,
+    what: Owned,
+    origin: Origin,
+}
+
+/// A fill that owns its bytes.
+#[derive(Clone)]
+pub(super) enum Owned {
+    Bytes(Bytes),
+    Zeros,
+    Poison,
+}
+
+impl Owned {
+    fn part(&self, page: PageSize, from_pages: u64, pages: u64) -> Owned {
+        match self {
+            Owned::Bytes(bytes) => {
+                let from = page_len(page, from_pages);
+                Owned::Bytes(bytes.slice(from..from + page_len(page, pages)))
+            }
+            other => other.clone(),
+        }
+    }
+
+    fn fill(&self, page: PageSize, pages: u64) -> Fill<'_> {
+        match self {
+            Owned::Bytes(bytes) => Fill::Bytes(bytes),
+            Owned::Zeros => Fill::Zeros(page_len(page, pages)),
+            Owned::Poison => Fill::Poison(page_len(page, pages)),
+        }
+    }
+}
+
+impl From<Content> for Owned {
+    fn from(content: Content) -> Owned {
+        match content {
+            Content::Zero => Owned::Zeros,
+            Content::Bytes(bytes) => Owned::Bytes(bytes),
+        }
+    }
+}
+
+#[allow(clippy::cast_possible_truncation, reason = "lengths of mapped memory fit usize")]
+pub(super) fn page_len(page: PageSize, pages: u64) -> usize {
+    page.offset_of(pages) as usize
+}
+
+impl Engine {
+    /// Puts content in place at `address`, where the pages of `extent` are.
+    pub(super) fn put(
+        &self,
+        state: &mut State,
+        region: Option<RegionId>,
+        address: usize,
+        extent: Extent,
+        what: Owned,
+        origin: Origin,
+    ) {
+        let start = Instant::now();
+        let filled = fill(&self.uffd, self.page, address, what.fill(self.page, extent.count()));
+        let Filled { again_from, already_here, gone, failed, calls } = filled;
+        let stopped = again_from.or(failed.map(|(from, _)| from));
+        let done = stopped.map_or(extent.count(), |from| self.page.page_of(from as u64));
+        let (now, rest) =
+            (Extent::between(extent.first(), extent.first() + done), Extent::between(extent.first() + done, extent.end()));
+        if let Some(id) = region
+            && let Some(entry) = state.regions.get_mut(&id)
+        {
+            let counters = &entry.counters;
+            add(&counters.installs, calls);
+            add(&counters.pages_stale, already_here + gone);
+            let installed = now.count().saturating_sub(already_here + gone);
+            match (&what, origin) {
+                (Owned::Poison, _) => add(&counters.pages_poisoned, installed),
+                (Owned::Zeros, _) => add(&counters.pages_zero, installed),
+                (Owned::Bytes(_), Origin::Demand) => add(&counters.pages_demand, installed),
+                (Owned::Bytes(_), Origin::Around) => add(&counters.pages_around, installed),
+                (Owned::Bytes(_), Origin::Pull) => add(&counters.pages_pull, installed),
+            }
+            if !matches!(what, Owned::Poison) {
+                entry.core.installed(now);
+                counters.hops.hop(crate::Hop::Install).record(start.elapsed());
+            }
+            if again_from.is_some() {
+                add(&counters.installs_again, 1);
+                entry.core.postponed(rest);
+            }
+        }
+        if again_from.is_some() {
+            let address = address + page_len(self.page, done);
+            let what = what.part(self.page, done, rest.count());
+            state.again.push_back(Again { region, address, extent: rest, what, origin });
+            self.settle.notify_one();
+        } else if let Some((_, errno)) = failed {
+            tracing::error!(%errno, ?region, %rest, "the kernel refused an install; the pages are lost");
+            if let Some(id) = region
+                && !matches!(what, Owned::Poison)
+            {
+                let lost = state.regions.get_mut(&id).map(|entry| entry.core.lose(rest)).unwrap_or_default();
+                lost.into_iter().for_each(|extent| self.poison(state, id, extent));
+            }
+        }
+    }
+
+    /// Installs pages of a region wherever they are mapped now.
+    pub(super) fn install(&self, state: &mut State, id: RegionId, extent: Extent, what: &Owned, origin: Origin) {
+        for (address, piece) in state.map.locate(id, extent) {
+            let part = what.part(self.page, piece.first() - extent.first(), piece.count());
+            #[allow(clippy::cast_possible_truncation, reason = "addresses of this process fit usize")]
+            self.put(state, Some(id), address as usize, piece, part, origin);
+        }
+    }
+
+    /// Makes pages that `core` has given up raise a signal, and wakes whoever waits for them.
+    pub(super) fn poison(&self, state: &mut State, id: RegionId, extent: Extent) {
+        if self.uffd.features().contains(Features::POISON) {
+            return self.install(state, id, extent, &Owned::Poison, Origin::Demand);
+        }
+        let Some(mapping) = state.regions.get(&id).and_then(|entry| entry.mapping.upgrade()) else { return };
+        for (address, piece) in state.map.locate(id, extent) {
+            let offset = address.saturating_sub(mapping.address() as u64);
+            let len = page_len(self.page, piece.count());
+            match mapping.forbid(offset, len) {
+                Ok(()) => {
+                    self.uffd.wake(mapping.address() + page_len(self.page, self.page.page_of(offset)), len);
+                    if let Some(entry) = state.regions.get(&id) {
+                        add(&entry.counters.pages_poisoned, piece.count());
+                    }
+                }
+                // Left missing and registered: its waiters block, which is bad, but nobody reads a zero that should be data.
+                Err(error) => tracing::error!(%error, %piece, "lost pages can be neither poisoned nor forbidden"),
+            }
+        }
+    }
+
+    /// Tries again what the kernel put off. Whether anything is left.
+    pub(super) fn settle_once(&self) -> bool {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let mut asks = Vec::new();
+        for _ in 0..state.again.len() {
+            let Some(Again { region, address, extent, what, origin }) = state.again.pop_front() else { break };
+            let Some(id) = region else {
+                // The change that the kernel waited for may have put a region's pages there: then this is a fault like any other.
+                match state.map.find(address as u64) {
+                    Some(_) => self.fault(state, address, Instant::now(), &mut asks),
+                    None => self.put(state, None, address, extent, what, origin),
+                }
+                continue;
+            };
+            let Some(entry) = state.regions.get_mut(&id) else {
+                if matches!(what, Owned::Poison) {
+                    // The region has left pages that were moved out of it, see `leave`.
+                    self.put(state, None, address, extent, what, origin);
+                }
+                continue;
+            };
+            let wanted: Vec<Extent> = match what {
+                Owned::Poison => entry.core.residency().lost(extent).collect(),
+                Owned::Zeros => entry.core.zeros_wanted(extent),
+                Owned::Bytes(_) => entry.core.arrived(extent, Origin::Demand),
+            };
+            let changed = entry.changed.clone();
+            for piece in wanted {
+                let part = what.part(self.page, piece.first() - extent.first(), piece.count());
+                self.install(state, id, piece, &part, origin);
+            }
+            changed.notify_waiters();
+        }
+        let left = !state.again.is_empty();
+        drop(guard);
+        asks.into_iter().for_each(|ask| self.request(ask));
+        left
+    }
+
+    /// A child got a copy of the memory (somebody undid `MADV_DONTFORK`). Its pages never come: poison what is missing before its descriptor
+    /// closes. What is lost is poisoned again: fork(2) does not copy the marks of a mapping that holds nothing but marks.
+    pub(super) fn forked(&self, state: &mut State, child: Userfault) {
+        let poisons = self.uffd.features().contains(Features::POISON);
+        let all_poisoned = poisons
+            && state.map.segments().all(|(at, segment)| {
+                let Some(entry) = state.regions.get(&segment.region) else { return true };
+                let residency = entry.core.residency();
+                residency.missing(segment.extent).chain(residency.lost(segment.extent)).all(|extent| {
+                    let address = at + self.page.offset_of(extent.first() - segment.extent.first());
+                    #[allow(clippy::cast_possible_truncation, reason = "addresses of this process fit usize")]
+                    let filled = fill(&child, self.page, address as usize, Fill::Poison(page_len(self.page, extent.count())));
+                    tracing::debug!(?filled, %extent, "poisoned what a forked child misses");
+                    filled.again_from.is_none() && filled.failed.is_none()
+                })
+            });
+        if !all_poisoned {
+            // Its threads then wait for ever, which is bad, but nobody reads a zero that should be data.
+            tracing::error!("pages that a forked child misses cannot be poisoned; its descriptor stays open");
+            state.children.push(child);
+        }
+    }
+}
