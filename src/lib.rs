@@ -1,4 +1,4 @@
-//! Moves the memory of a running program between hosts.
+#![doc = include_str!("../README.md")]
 
 // Lints of the library alone; those of every target stand in Cargo.toml.
 #![deny(
