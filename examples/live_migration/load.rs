@@ -2,7 +2,7 @@
 //!
 //! Role: the running program that is moved. Neighbours: `search` answers, `ledger` says which operation comes next and records it;
 //! `source` and `destination` start it. Invariants: between two operations a worker passes its gate, and nowhere else can it be
-//! held; at the gate everything of its past is in the region and its next operation's number in [`Load::states`].
+//! held; at the gate everything of its past is in the region and its next operation's number in [`View::states`].
 
 use crate::{
     index::{Index, IndexError, MAX_WORKERS},
@@ -143,6 +143,22 @@ impl Shared {
     }
 }
 
+/// See [`Load::view`].
+#[derive(Clone)]
+pub struct View(Arc<Shared>);
+
+impl View {
+    /// The state of each worker. Exact while all are at their gates, or have ended.
+    pub fn states(&self) -> Vec<WorkerState> {
+        self.0.states()
+    }
+
+    /// Operations done so far, those before a move included.
+    pub fn operations(&self) -> u64 {
+        self.states().iter().map(|state| state.next_operation).sum()
+    }
+}
+
 impl Load {
     /// Starts a thread for each state. `gate_of` makes each worker's gate, which is called before every operation: it may block,
     /// and ends the worker with `false`.
@@ -177,14 +193,9 @@ impl Load {
         Ok(load)
     }
 
-    /// The state of each worker. Exact while all are at their gates, or have ended.
-    pub fn states(&self) -> Vec<WorkerState> {
-        self.shared.states()
-    }
-
-    /// Operations done so far, those before a move included.
-    pub fn operations(&self) -> u64 {
-        self.states().iter().map(|state| state.next_operation).sum()
+    /// Looks on while it runs, and afterwards.
+    pub fn view(&self) -> View {
+        View(Arc::clone(&self.shared))
     }
 
     /// Ends a phase and begins the next.
@@ -354,7 +365,7 @@ mod tests {
             });
             arrivals.recv().unwrap();
             // The worker is at its gate: the ledger adds up now.
-            verify(&Index::attach(&region).unwrap(), &load.states()).unwrap();
+            verify(&Index::attach(&region).unwrap(), &load.view().states()).unwrap();
             load.mark();
             arrived.send(()).unwrap();
         }

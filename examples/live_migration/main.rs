@@ -1,7 +1,7 @@
-//! A search index moves to another owner while it answers queries.
+//! A search index moves to another process while it answers queries.
 //!
-//! Role: the options, and the order of events. Neighbours: `source` and `destination` do the work of the two ends. Invariants:
-//! exits with 0 only if the counters add up and both ends' digests are equal.
+//! Role: the options, and the exit code. Neighbours: `source` is what a user starts, `destination` the process that it starts. Invariants:
+//! exits with 0 only if the proof holds; leaves no process behind, however it ends; keeps no file.
 
 mod build;
 mod corpus;
@@ -9,6 +9,9 @@ mod destination;
 mod index;
 mod ledger;
 mod load;
+mod messages;
+mod process;
+mod progress;
 mod proof;
 mod report;
 mod search;
@@ -16,33 +19,27 @@ mod source;
 mod timeline;
 mod word;
 
-use clap::Parser;
-use destination::{Arrival, Outcome};
-use index::{Index, MAX_WORKERS};
-use load::{Load, encode};
-use pageferry::{Region, RegionStore};
-use report::{Progress, Report};
-use std::{
-    error::Error,
-    process::ExitCode,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
-    time::{Duration, Instant},
+use clap::{Parser, Subcommand};
+use index::MAX_WORKERS;
+use std::{io, process::ExitCode, time::Duration};
+use tokio::{
+    runtime::Runtime,
+    signal::unix::{SignalKind, signal},
 };
-use timeline::Clock;
-
-/// Every run asks for the same words in the same order.
-const SEED: u64 = 0x7061_6765_6665_7272;
-/// How often the progress of the pages is looked at.
-const LOOK: Duration = Duration::from_millis(100);
+use tracing_subscriber::EnvFilter;
 
 /// Builds a word index over this machine's files in one region, queries it at full speed, and moves it while it is queried.
+///
+/// One process builds the index and answers queries from it; a second one takes over memory and work, and answers on while the pages
+/// follow. In the end both compare what they hold.
+///
+/// Exit codes: 0, the proof holds; 1, it fails or the run did; 2, wrong options; 130 and 143, ended by Ctrl-C or SIGTERM.
 #[derive(Clone, Debug, Parser)]
 #[command(version)]
 struct Args {
-    /// A region of 64 MiB and one second of load, without progress bars: for tests
+    #[command(subcommand)]
+    role: Option<Role>,
+    /// A region of 64 MiB and one second of load at each end, without progress bars: for tests
     #[arg(long)]
     quick: bool,
     /// Size of the region in MiB [default: 512, with --quick 64]
@@ -69,11 +66,42 @@ impl Args {
     }
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
-    match run_source(&Args::parse()).await {
+#[derive(Clone, Copy, Debug, Subcommand)]
+enum Role {
+    /// What the source starts: speaks JSON on its standard streams
+    #[command(name = process::DESTINATION, hide = true)]
+    Destination,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    // RUST_LOG=pageferry=debug shows what the library does.
+    tracing_subscriber::fmt().with_env_filter(EnvFilter::from_default_env()).with_writer(io::stderr).init();
+    let runtime = match Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("live_migration: no runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = runtime.block_on(async {
+        match args.role {
+            Some(Role::Destination) => destination::run().await,
+            None => tokio::select! {
+                code = run_source(&args) => code,
+                code = interrupted() => code,
+            },
+        }
+    });
+    // Threads that read files or answer queries end with the process.
+    runtime.shutdown_background();
+    code
+}
+
+async fn run_source(args: &Args) -> ExitCode {
+    match source::run(args).await {
         Ok(report) => {
-            println!("{report}");
+            print!("{report}");
             if report.is_proved() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
         Err(error) => {
@@ -83,100 +111,19 @@ async fn main() -> ExitCode {
     }
 }
 
-/// What goes to the destination, beside the pages.
-struct Handover {
-    pages: RegionStore,
-    state: Vec<u8>,
-    epoch_unix_us: u64,
-    stopped_at: Instant,
-}
-
-/// Process A: builds, runs the load, hands it over, and proves what the destination reports.
-async fn run_source(args: &Args) -> Result<Report, Box<dyn Error + Send + Sync>> {
-    let progress = Progress::new(args.quick);
-    let built = source::build(args.size_bytes(), &progress)?;
-    let (clock, running) = (Clock::starting_now(), Arc::new(AtomicBool::new(true)));
-    let states = load::new_states(usize::try_from(args.workers)?, SEED);
-    let load = Load::start(&built.region, &states, clock, |_| gate(&running))?;
-    tokio::time::sleep(args.load_time()).await;
-
-    running.store(false, Relaxed);
-    let observed = load.join()?;
-    let (state, stopped_at) = (encode(&observed.states), Instant::now());
-    let handover = Handover { pages: RegionStore::new(&built.region), state, epoch_unix_us: clock.epoch_unix_us(), stopped_at };
-    let line = run_destination(args, &progress, handover).await?;
-
-    let destination = Outcome::from_line(&line)?;
-    let source_totals = ledger::verify(&Index::attach(&built.region)?, &observed.states)?;
-    let expected = proof::expected_digest(&built.region, &observed.states, &destination.observed.states)?;
-    Ok(Report {
-        size_bytes: args.size_bytes(),
-        index: built.header,
-        built_in: built.took,
-        source: observed,
-        source_totals,
-        destination,
-        expected_digest: expected.to_hex().to_string(),
-    })
-}
-
-/// Process B: goes on at once, lets the pages come behind it, and tells what came of it.
-async fn run_destination(args: &Args, progress: &Progress, handover: Handover) -> Result<String, Box<dyn Error + Send + Sync>> {
-    let region = Region::builder().name(source::REGION).store(handover.pages).open()?;
-    let running = Arc::new(AtomicBool::new(true));
-    let clock = Clock::since(handover.epoch_unix_us);
-    let load = destination::resume(&region, &handover.state, clock, |_| gate(&running))?;
-    let started_at = Instant::now();
-    let pulled = follow(&region, &load, progress).await;
-    let until_last_page = started_at.elapsed();
-    load.mark();
-    if pulled.is_ok() {
-        tokio::time::sleep(args.load_time()).await;
-    }
-    running.store(false, Relaxed);
-    let arrival = Arrival::of(&region, started_at - handover.stopped_at, until_last_page);
-    let outcome = destination::conclude(load, &region, arrival, &args.ask);
-    pulled?;
-    Ok(outcome?.to_line())
-}
-
-/// Pulls all pages and shows how many are here.
-async fn follow(region: &Region, load: &Load, progress: &Progress) -> Result<(), pageferry::RegionError> {
-    let step = progress.begin("pages arrive", region.len() as u64);
-    let mut look = tokio::time::interval(LOOK);
-    let pull = region.pull();
-    tokio::pin!(pull);
-    let pulled = loop {
-        tokio::select! {
-            pulled = &mut pull => break pulled,
-            _ = look.tick() => step.arrived(region, load.operations()),
+/// The exit code that says which signal it was, as shells count them.
+async fn interrupted() -> ExitCode {
+    let wait = |kind: SignalKind| async move {
+        match signal(kind) {
+            Ok(mut signal) => signal.recv().await,
+            // Without a handler the signal ends the process by itself.
+            Err(_) => std::future::pending().await,
         }
     };
-    step.arrived(region, load.operations());
-    step.done();
-    pulled
-}
-
-/// Open until `running` is false.
-fn gate(running: &Arc<AtomicBool>) -> impl FnMut() -> bool + Send + use<> {
-    let running = Arc::clone(running);
-    move || running.load(Relaxed)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test(flavor = "multi_thread")]
-    async fn a_running_index_moves_without_losing_an_update() {
-        if !pageferry::Capabilities::probe().userfaultfd() {
-            eprintln!("skipped: this kernel or user has no userfaultfd");
-            return;
-        }
-        let args = Args::parse_from(["live_migration", "--quick", "--size", "8", "--seconds", "1", "--workers", "3"]);
-        let report = run_source(&args).await.unwrap();
-        assert!(report.is_proved(), "{report}");
-        let during = &report.destination.observed.phases[0];
-        assert!(report.destination.arrival.faults > 0 && during.operations > 0, "it ran while pages arrived:\n{report}");
-    }
+    let (name, code) = tokio::select! {
+        _ = wait(SignalKind::interrupt()) => ("Ctrl-C", 130),
+        _ = wait(SignalKind::terminate()) => ("SIGTERM", 143),
+    };
+    eprintln!("live_migration: ended by {name}, and the destination with it");
+    ExitCode::from(code)
 }

@@ -69,7 +69,7 @@ pub fn search(index: &Index, first: Record, second: Option<Record>) -> Result<An
     Ok(Answer { matches: tally.matches, best: Some(Hit { document: best.document, score, snippet, snippet_bytes }) })
 }
 
-/// Answers a person's question of one or two words with a line: how many documents, the best one and its text.
+/// Answers a person's question of one or two words with two lines: in how many documents it is and in which best; that one's text.
 ///
 /// # Errors
 /// As for [`search`].
@@ -87,7 +87,7 @@ pub fn tell(index: &Index, question: &str) -> Result<String, IndexError> {
     let (path, start) = index.path(best.document)?;
     let snippet = String::from_utf8_lossy(best.snippet());
     let snippet: Vec<&str> = snippet.split_whitespace().collect();
-    Ok(format!("\"{question}\" is in {} documents, best in {path} from byte {start}: {}", answer.matches, snippet.join(" ")))
+    Ok(format!("\"{question}\" is in {} documents, best in {path} from byte {start}:\n{}", answer.matches, snippet.join(" ")))
 }
 
 /// A rare word says more than a common one: the logarithm of its rarity.
@@ -169,7 +169,7 @@ mod tests {
         assert_eq!(ask("some", Some("lamb")), (1, told("b", "some Sheep, lamb")));
 
         let told = tell(&index, "Grass, sheep").unwrap();
-        assert_eq!(told, "\"Grass, sheep\" is in 1 documents, best in e from byte 0: grass");
+        assert_eq!(told, "\"Grass, sheep\" is in 1 documents, best in e from byte 0:\ngrass");
         assert!(tell(&index, "wolf lamb").unwrap().starts_with("\"wolf\" is in no"));
 
         // A page of zeros where the text was: the answer is refused.

@@ -1,0 +1,222 @@
+//! The examples as a user runs them: as processes, judged by exit code and by what they print.
+//!
+//! Goal: no example rots, the program in README.md is the one that is compiled and run here, and the live migration ends with a clear
+//! word, and with nothing left behind, when either of its processes is killed. Method: `--quick`, and signals at moments that its own
+//! output announces. That no process is left shows at the standard error stream, which all of them hold: it ends with the last.
+
+mod common;
+
+use common::uffd;
+use std::{
+    io::{BufRead, BufReader, Read},
+    path::PathBuf,
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{
+        Mutex, MutexGuard, OnceLock, PoisonError,
+        mpsc::{Receiver, RecvTimeoutError, channel},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+/// For whatever a run does next. A quick run takes 8 s on 2 idle cores.
+const LIMIT: Duration = Duration::from_secs(60);
+
+#[test]
+fn quickstart_reads_memory_of_another_program() {
+    if !uffd() {
+        return;
+    }
+    let run = Run::start("quickstart", &["--quick"]).finish();
+    assert!(run.status.success(), "{run:?}");
+    assert!(run.out.contains("byte 12345678 is 7; ") && run.out.ends_with("16384 of 16384 pages are here\n"), "{run:?}");
+}
+
+#[test]
+fn live_migration_loses_nothing() {
+    if !uffd() {
+        return;
+    }
+    let run = Run::start("live_migration", &["--quick"]).finish();
+    assert!(run.took < LIMIT, "{run:?}");
+    assert!(run.status.success(), "{run:?}");
+    for shown in ["downtime ", "page faults ", "TIMELINE of ", "counters found ", "BLAKE3 found ", "the proof             HOLDS: "]
+    {
+        assert!(run.out.contains(shown), "{shown:?} is missing: {run:?}");
+    }
+    assert!(!run.out.contains("NOT EQUAL") && !run.out.contains("not measured"), "{run:?}");
+}
+
+#[test]
+fn a_destination_killed_before_the_handover_leaves_the_program_at_the_source() {
+    if !uffd() {
+        return;
+    }
+    let mut run = Run::start("live_migration", &["--quick", "--size", "8", "--seconds", "3600"]);
+    let destination = run.destination();
+    signal("KILL", destination);
+    let run = run.finish();
+    assert_eq!(run.status.code(), Some(1), "{run:?}");
+    assert!(run.err.contains(&format!("the destination, process {destination}, died: signal: 9 (SIGKILL)")), "{run:?}");
+    assert!(run.err.contains("the program had not changed hands"), "{run:?}");
+}
+
+#[test]
+fn a_destination_killed_after_the_handover_is_not_replaced_by_the_source() {
+    if !uffd() {
+        return;
+    }
+    let mut run = Run::start("live_migration", &["--quick", "--size", "8", "--seconds", "3"]);
+    let destination = run.destination();
+    run.until("pages follow it");
+    signal("KILL", destination);
+    let run = run.finish();
+    assert_eq!(run.status.code(), Some(1), "{run:?}");
+    assert!(run.err.contains("died: signal: 9 (SIGKILL)") && run.err.contains("the program had changed hands"), "{run:?}");
+}
+
+#[test]
+fn a_destination_ends_when_its_source_is_killed() {
+    if !uffd() {
+        return;
+    }
+    for (moment, word) in [
+        ("the source is process", "the source ended before it handed the program over"),
+        ("pages follow it", "the source ended; the program has all its pages"),
+    ] {
+        let mut run = Run::start("live_migration", &["--quick", "--size", "8", "--seconds", "3"]);
+        run.until(moment);
+        run.child.kill().unwrap();
+        let run = run.finish();
+        assert!(run.err.contains(word), "{word:?} is missing: {run:?}");
+    }
+}
+
+#[test]
+fn ctrl_c_ends_both_processes() {
+    if !uffd() {
+        return;
+    }
+    let mut run = Run::start("live_migration", &["--quick", "--size", "8", "--seconds", "3600"]);
+    run.destination();
+    signal("INT", run.child.id());
+    let run = run.finish();
+    assert_eq!(run.status.code(), Some(130), "{run:?}");
+    assert!(run.err.contains("ended by Ctrl-C"), "{run:?}");
+}
+
+#[test]
+fn the_program_in_the_readme_is_the_quickstart() {
+    let quickstart = include_str!("../examples/quickstart.rs");
+    let lines = quickstart.lines().count();
+    assert!(lines < 40, "{lines} lines are no quick start");
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let readme = std::fs::read_to_string(root.join("README.md")).unwrap_or_else(|error| panic!("README.md: {error}"));
+    let blocks: Vec<&str> = readme.split("```rust\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    assert!(blocks.contains(&quickstart), "no ```rust block of README.md is examples/quickstart.rs, word for word");
+}
+
+/// Builds the examples once, and says where one is. `cargo test` itself builds an example that has tests of its own, as the live
+/// migration has, only as a test.
+fn example(name: &str) -> PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    let folder = FOLDER.get_or_init(|| {
+        // target/PROFILE/deps/examples-HASH is this test.
+        let this = std::env::current_exe().unwrap();
+        let profile = this.ancestors().nth(2).unwrap();
+        let mut cargo = Command::new(option_env!("CARGO").unwrap_or("cargo"));
+        cargo.args(["build", "--quiet", "--examples", "--manifest-path", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")]);
+        cargo.arg("--target-dir").arg(profile.parent().unwrap());
+        cargo.args(profile.ends_with("release").then_some("--release"));
+        assert!(cargo.status().unwrap().success(), "the examples do not build");
+        profile.join("examples")
+    });
+    folder.join(name)
+}
+
+/// Sends a signal. The shell's own `kill` is on every machine.
+fn signal(name: &str, process: u32) {
+    let sent = Command::new("sh").arg("-c").arg(format!("kill -{name} {process}")).status().unwrap();
+    assert!(sent.success(), "no signal {name} to process {process}");
+}
+
+/// A run of an example. Dropped, it is killed, and what it started ends with it.
+struct Run {
+    /// One run at a time: a run takes all of a small machine, and its limits are meant for one.
+    _alone: MutexGuard<'static, ()>,
+    begun: Instant,
+    child: Child,
+    lines: Receiver<String>,
+    seen: String,
+}
+
+/// What a run came to.
+#[derive(Debug)]
+struct Finished {
+    took: Duration,
+    status: ExitStatus,
+    out: String,
+    err: String,
+}
+
+impl Run {
+    fn start(name: &str, arguments: &[&str]) -> Run {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut command = Command::new(example(name));
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let begun = Instant::now();
+        let mut child = command.spawn().unwrap();
+        let err = BufReader::new(child.stderr.take().unwrap());
+        let (line, lines) = channel();
+        // Ends with the last process that holds the stream.
+        thread::spawn(move || err.lines().map_while(Result::ok).try_for_each(|text| line.send(text)));
+        Run { _alone: alone, begun, child, lines, seen: String::new() }
+    }
+
+    /// Waits for the next line of standard error; `None` at its end.
+    fn line(&mut self) -> Option<String> {
+        match self.lines.recv_timeout(LIMIT) {
+            Ok(line) => {
+                self.seen += &line;
+                self.seen.push('\n');
+                Some(line)
+            }
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => panic!("nothing for {LIMIT:?} after:\n{}", self.seen),
+        }
+    }
+
+    /// Waits for a line of standard error that starts so.
+    fn until(&mut self, start: &str) -> String {
+        loop {
+            match self.line() {
+                Some(line) if line.starts_with(start) => return line,
+                Some(_) => {}
+                None => panic!("{start:?} did not come:\n{}", self.seen),
+            }
+        }
+    }
+
+    /// The id of the destination's process.
+    fn destination(&mut self) -> u32 {
+        let line = self.until("the source is process");
+        line.rsplit(' ').next().and_then(|id| id.parse().ok()).unwrap_or_else(|| panic!("no process id in {line:?}"))
+    }
+
+    fn finish(mut self) -> Finished {
+        while self.line().is_some() {}
+        // Nobody holds the streams any more: neither call waits long.
+        let mut out = String::new();
+        self.child.stdout.take().unwrap().read_to_string(&mut out).unwrap();
+        Finished { took: self.begun.elapsed(), status: self.child.wait().unwrap(), out, err: std::mem::take(&mut self.seen) }
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        // Ended already in a test that passes.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
