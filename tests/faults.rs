@@ -230,8 +230,7 @@ fn system_calls_may_touch_missing_pages() {
 }
 
 fn bounded(max_in_flight_pages: u64) -> Pager {
-    let mut options = PagerOptions::default();
-    options.max_in_flight_pages = max_in_flight_pages;
+    let options = PagerOptions { max_in_flight_pages, ..PagerOptions::default() };
     Pager::start(&options).unwrap()
 }
 

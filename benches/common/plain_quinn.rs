@@ -68,8 +68,7 @@ impl Options {
             let endpoint = Endpoint::new(EndpointConfig::default(), server, socket, Arc::new(TokioRuntime))?;
             return Ok((endpoint, TransportConfig::default()));
         };
-        let mut options = TransportOptions::default();
-        options.mtu_max_bytes = mtu;
+        let options = TransportOptions { mtu_max_bytes: mtu, ..TransportOptions::default() };
         Ok(options.baseline(address, server)?)
     }
 }

@@ -86,7 +86,5 @@ pub fn peer_hop_means_us(peer: &Peer) -> [f64; 4] {
 
 /// Default options but for the MTU.
 fn transport(mtu: u16) -> TransportOptions {
-    let mut options = TransportOptions::default();
-    options.mtu_max_bytes = mtu;
-    options
+    TransportOptions { mtu_max_bytes: mtu, ..TransportOptions::default() }
 }

@@ -34,7 +34,7 @@ pub(super) struct RemotePull {
 }
 
 /// Credit is renewed in steps of this many bytes: often enough that a server which keeps little more than the path holds never waits for it.
-const CREDIT_STEP_BYTES: u64 = 256 * 1024;
+pub(super) const CREDIT_STEP_BYTES: u64 = 128 * 1024;
 
 impl RemotePull {
     pub(super) async fn start(

@@ -9,6 +9,7 @@ use super::{
     identity::PeerId,
     lane::{CONTROL_PRIORITY, priority},
     peer::{AGENT, VERSION},
+    pull::CREDIT_STEP_BYTES,
     server::{CLOSE_BAD_FRAME, Granted, Shared, TakeStream},
     stream::{FrameReader, FrameWriter, StreamError},
     wire::{Access, Agent, Class, DataHead, EncodedRun, ErrorCode, Frame, MAX_READ_BYTES, MAX_RUN_BYTES, Message, WireError},
@@ -17,7 +18,10 @@ use crate::{Content, Extent, PULL_EXTENT_BYTES, PageSize, PageStore, Run, StoreE
 use bytes::Bytes;
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -28,7 +32,33 @@ pub(super) struct Session {
     shared: Arc<Shared>,
     /// Number minus one -> what was opened under it.
     regions: Mutex<Vec<Open>>,
+    demanded: Arc<Demanded>,
 }
+
+/// When a fault was last answered.
+struct Demanded {
+    start: Instant,
+    last_us: AtomicU64,
+}
+
+impl Demanded {
+    fn now_us(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+
+    fn note(&self) {
+        self.last_us.store(self.now_us(), Relaxed);
+    }
+
+    /// Whether a thread at the other end is likely to be waiting for the next.
+    fn recently(&self) -> bool {
+        let last_us = self.last_us.load(Relaxed);
+        last_us > 0 && self.now_us().saturating_sub(last_us) < DEMANDED_US
+    }
+}
+
+/// A program that faults goes on faulting: it is missing its working set.
+const DEMANDED_US: u64 = 5_000;
 
 #[derive(Clone)]
 struct Open {
@@ -43,6 +73,8 @@ const REGIONS_MAX: usize = 4096;
 /// A bulk read keeps at least this much on the way, and more by what the path is seen to hold. Not by much more: what is ahead sits in this process's send buffer,
 /// where quinn looks for each packet's bytes from the front, and by then out of the cache.
 const PULL_AHEAD_MIN_BYTES: u64 = 2 << 20;
+/// The same while threads fault: one run, and what a client may have used without saying so yet.
+const PULL_AHEAD_DEMANDED_BYTES: u64 = PULL_EXTENT_BYTES + CREDIT_STEP_BYTES;
 
 /// Pages, as words of 64 bits by number: memory follows from what was sent, not from how large the store says it is.
 #[derive(Default)]
@@ -102,7 +134,13 @@ impl From<StoreError> for Refusal {
 
 impl Session {
     pub(super) fn new(peer: PeerId, connection: quinn::Connection, shared: Arc<Shared>) -> Session {
-        Session { peer, connection, shared, regions: Mutex::default() }
+        Session {
+            peer,
+            connection,
+            shared,
+            regions: Mutex::default(),
+            demanded: Arc::new(Demanded { start: Instant::now(), last_us: AtomicU64::new(0) }),
+        }
     }
 
     /// Serves a stream to its end.
@@ -215,6 +253,7 @@ impl Session {
                 }
             }
             if class == Class::Demand {
+                self.demanded.note();
                 // The next fault of the same thread follows an install and a few instructions.
                 self.shared.service.polling().expect();
             }
@@ -293,7 +332,7 @@ impl Session {
         match self.start_pull(region, &extents) {
             Err(Refusal(code, message)) => writer.send(&failed(code, &message)).await,
             Ok((store, sent)) => {
-                let credit = Credit::new(self.connection.clone(), reader, credit_bytes);
+                let credit = Credit::new(self.connection.clone(), reader, credit_bytes, self.demanded.clone());
                 self.stream(store, sent, extents, credit, writer).await
             }
         }
@@ -404,6 +443,7 @@ struct Credit {
     window_bytes: u64,
     sent_bytes: u64,
     pace: Pace,
+    demanded: Arc<Demanded>,
 }
 
 /// How fast the client uses what is sent, by its credit.
@@ -431,6 +471,13 @@ impl Pace {
     }
 }
 
+impl Pace {
+    /// What the path holds at this pace.
+    fn path_bytes(&self, round_trip: Duration) -> u64 {
+        u64::try_from(u128::from(self.bytes_s) * round_trip.as_micros() / 1_000_000).unwrap_or(u64::MAX)
+    }
+}
+
 /// Compressing is for paths that are slower than a core: LZ4 takes text in at about 400 MB/s and leaves 55 %, and QUIC itself sends 600 MB/s a core, so
 /// where the path carries more than this the core is better spent on sending (bench `throughput`, `pull_vmlike_mb_s`).
 const COMPRESS_BELOW_BYTES_S: u64 = 200_000_000;
@@ -440,7 +487,7 @@ const PACE_LOOK: Duration = Duration::from_millis(1);
 
 impl Credit {
     /// Reads CREDIT frames until the stream ends.
-    fn new(connection: quinn::Connection, mut reader: FrameReader, credit_bytes: u64) -> Credit {
+    fn new(connection: quinn::Connection, mut reader: FrameReader, credit_bytes: u64, demanded: Arc<Demanded>) -> Credit {
         let (granted, total) = tokio::sync::watch::channel(credit_bytes);
         tokio::spawn(async move {
             while let Ok(Some(Frame::Credit { total_bytes })) = reader.next().await {
@@ -450,7 +497,7 @@ impl Credit {
             }
         });
         let pace = Pace { since: Instant::now(), used_bytes: 0, bytes_s: 0 };
-        Credit { connection, total, window_bytes: credit_bytes, sent_bytes: 0, pace }
+        Credit { connection, total, window_bytes: credit_bytes, sent_bytes: 0, pace, demanded }
     }
 
     /// Waits until `bytes` more may be sent.
@@ -459,15 +506,22 @@ impl Credit {
             let total = *self.total.borrow_and_update();
             // What the client has used up, by its own word.
             let used_bytes = total.saturating_sub(self.window_bytes);
-            let ahead_bytes = self.pace.ahead_bytes(used_bytes, self.connection.min_rtt());
-            let limit = (PULL_AHEAD_MIN_BYTES + ahead_bytes).min(self.window_bytes);
+            let round_trip = self.connection.min_rtt();
+            let ahead_bytes = PULL_AHEAD_MIN_BYTES + self.pace.ahead_bytes(used_bytes, round_trip);
+            // While threads wait for faults only what the path itself holds is kept on the way: priority orders what is still here, and what
+            // queues behind it, in the other end's socket, is waited for.
+            let demanded_bytes = PULL_AHEAD_DEMANDED_BYTES + self.pace.path_bytes(round_trip);
+            let limit = if self.demanded.recently() { demanded_bytes } else { ahead_bytes };
+            let limit = limit.min(self.window_bytes);
             let ahead = self.sent_bytes.saturating_sub(used_bytes);
             // A run longer than the whole credit goes alone.
             if ahead == 0 || ahead + bytes <= limit {
                 self.sent_bytes += bytes;
                 return Ok(());
             }
-            if self.total.changed().await.is_err() {
+            // The limit rises by itself once no thread faults any more.
+            let more = tokio::time::timeout(Duration::from_micros(DEMANDED_US), self.total.changed()).await;
+            if matches!(more, Ok(Err(_))) {
                 return Err(StreamError::Ended("the client left the bulk read".into()));
             }
         }

@@ -139,7 +139,8 @@ impl TransportOptions {
         if let Some(server) = &mut server {
             server.transport_config(Arc::new(self.quinn()?));
         }
-        Ok((self.endpoint(address, server, &runtime)?, config))
+        let identity = Identity::generate().map_err(|error| NetError::Identity { reason: error.to_string() })?;
+        Ok((self.endpoint(address, server.map(|server| (server, &identity)), &runtime)?, config))
     }
 
     /// The same for quinn.
