@@ -97,8 +97,7 @@ fn populate_blocks_a_thread_and_keeps_to_the_bound() {
     }
     let _watchdog = watchdog();
     let store = gated(PAGES);
-    let mut options = PagerOptions::default();
-    options.max_in_flight_pages = 48;
+    let options = PagerOptions { max_in_flight_pages: 48, ..PagerOptions::default() };
     let region = Region::builder().store(store.clone()).pager(&Pager::start(&options).unwrap()).open().unwrap();
     std::thread::scope(|scope| {
         let populating: Vec<_> =
