@@ -80,8 +80,9 @@ impl Default for FaultAround {
 /// ```
 #[derive(Clone, Debug)]
 pub struct LossPolicy {
-    /// For how long reads are repeated while the store is away ([`StoreError::is_transient`]), from the first failure on. Default 30 s, as
-    /// long as QUIC's usual idle time-out. Errors that will not go away are decided at once.
+    /// For how long reads of a page are repeated while the store is away ([`StoreError::is_transient`]), from their first failure on. Default
+    /// 30 s, as long as QUIC's usual idle time-out. Errors that will not go away are decided at once. A read that is not answered at all
+    /// fails after what is left of this time, or after 1 s if that is longer.
     pub keep_trying: Duration,
     /// What then.
     pub then: OnLoss,

@@ -284,7 +284,7 @@ fn a_forked_child_gets_a_signal_for_what_is_lost() {
         inherit(&region);
         assert!(peek(address_of(&region, 3)).is_err());
         assert_eq!(region.residency().lost, 8);
-        // Nothing is resident, and fork(2) copies no page tables of such a mapping.
+        // Nothing is resident: of a mapping without a page fork(2) might copy nothing, the poison included.
         assert_eq!(seen_by_a_child(&region, 3), Err(libc::SIGBUS));
     })
     .ends_well();

@@ -229,9 +229,41 @@ fn system_calls_may_touch_missing_pages() {
     assert_same(7, &peek(address_of(&region, 7)).unwrap(), &page_bytes(7)); // and get_user_pages
 }
 
+#[test]
+fn a_reader_beside_a_writer_sees_whole_words() {
+    let _watchdog = watchdog();
+    let region = Region::builder().size(2 * PAGE as u64).open().unwrap();
+    let over = std::sync::atomic::AtomicBool::new(false);
+    let (words, offset) = (64, PAGE as u64 - 256);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for fill in [0xFF, 0].into_iter().cycle() {
+                region.write_at(offset, &[fill; 64 * 8]).unwrap();
+                if over.load(Relaxed) {
+                    return;
+                }
+            }
+        });
+        let mut seen = [false; 2];
+        until("both fills are seen", || {
+            let mut bytes = vec![1; words * 8];
+            region.read_at(offset, &mut bytes).unwrap();
+            for word in bytes.chunks_exact(8) {
+                assert!(word == [0; 8] || word == [0xFF; 8], "half a word of each write: {word:x?}");
+                seen[usize::from(word[0] == 0)] = true;
+            }
+            seen == [true; 2]
+        });
+        for _ in 0..2000 {
+            let words = region.atomics_u64(offset, words).unwrap();
+            assert!(words.iter().all(|word| [0, u64::MAX].contains(&word.load(Relaxed))));
+        }
+        over.store(true, Relaxed);
+    });
+}
+
 fn bounded(max_in_flight_pages: u64) -> Pager {
-    let options = PagerOptions { max_in_flight_pages, ..PagerOptions::default() };
-    Pager::start(&options).unwrap()
+    Pager::start(&PagerOptions { max_in_flight_pages, ..PagerOptions::default() }).unwrap()
 }
 
 #[test]

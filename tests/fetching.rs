@@ -8,12 +8,9 @@ use pageferry::{
     Extent, FaultAround, LossPolicy, MemoryStore, OnLoss, PULL_EXTENT_BYTES, PageSize, PageStore, Pager, PagerOptions, Pull,
     Region, RegionError, RegionEvent, Run, StoreError, testing::Gated,
 };
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
-    },
-    time::Duration,
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
 const PAGES: u64 = 4 * PULL_PAGES;
@@ -148,7 +145,8 @@ fn populate_and_pull_end_with_their_region() {
     let gate = gated(PAGES);
     let store: Arc<dyn PageStore> = Arc::new(gate.clone());
     let in_use = Arc::downgrade(&store);
-    let region = Region::builder().shared_store(store).pager(&pager()).open().unwrap();
+    let pager = pager();
+    let region = Region::builder().shared_store(store).pager(&pager).open().unwrap();
     block_on(async {
         tokio::select! {
             biased;
@@ -163,6 +161,7 @@ fn populate_and_pull_end_with_their_region() {
     gate.open();
     until("both have ended", || in_use.upgrade().is_none());
     assert_eq!(gate.reads().len(), 2);
+    drop(pager);
 }
 
 #[test]
@@ -259,7 +258,7 @@ impl PageStore for Pulls {
 
 fn pulls(steps: impl Fn(usize, usize, &Gated<MemoryStore>) -> Option<Step> + Send + Sync + 'static) -> (Region, Pulls) {
     let pulls = Pulls { store: gated(PAGES), pulls: Arc::default(), steps: Arc::new(steps) };
-    let loss = LossPolicy { keep_trying: Duration::from_millis(100), then: OnLoss::Poison };
+    let loss = LossPolicy { keep_trying: PATIENCE, then: OnLoss::Poison };
     let region = Region::builder().store(pulls.clone()).pager(&pager()).fault_around(FaultAround::OFF).loss(loss).open().unwrap();
     (region, pulls)
 }

@@ -319,7 +319,7 @@ impl Engine {
     }
 
     /// A turn of a loop of the pager; `None` if it panicked.
-    fn turn<T>(&self, turn: impl FnOnce() -> T) -> Option<T> {
+    pub(super) fn turn<T>(&self, turn: impl FnOnce() -> T) -> Option<T> {
         let done = catch_unwind(AssertUnwindSafe(|| {
             #[cfg(test)]
             assert!(!self.panic_next.swap(false, std::sync::atomic::Ordering::Relaxed), "the test wants a panic here");

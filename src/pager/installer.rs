@@ -45,7 +45,8 @@ impl Installer {
                         let Some(engine) = engine.upgrade() else { return };
                         let step = (STEP_BYTES / engine.page.bytes()).max(1);
                         for extent in run.extent.chunks(step) {
-                            wanted_pages.fetch_add(engine.install_pulled(id, &part(&run, extent)), Relaxed);
+                            let installed = engine.turn(|| engine.install_pulled(id, &part(&run, extent)));
+                            wanted_pages.fetch_add(installed.unwrap_or(0), Relaxed);
                         }
                     }
                     Job::Settled(answer) => {

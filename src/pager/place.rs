@@ -203,14 +203,13 @@ impl Engine {
     }
 
     /// A child got a copy of the memory (somebody undid `MADV_DONTFORK`). Its pages never come: poison what is missing before its descriptor
-    /// closes. What is lost is poisoned again: fork(2) does not copy the marks of a mapping that holds nothing but marks.
+    /// closes. What is lost is poisoned there already: fork(2) copies the marks.
     pub(super) fn forked(&self, state: &mut State, child: Userfault) {
         let poisons = self.uffd.features().contains(Features::POISON);
         let all_poisoned = poisons
             && state.map.segments().all(|(at, segment)| {
                 let Some(entry) = state.regions.get(&segment.region) else { return true };
-                let residency = entry.core.residency();
-                residency.missing(segment.extent).chain(residency.lost(segment.extent)).all(|extent| {
+                entry.core.residency().missing(segment.extent).all(|extent| {
                     let address = at + self.page.offset_of(extent.first() - segment.extent.first());
                     #[allow(clippy::cast_possible_truncation, reason = "addresses of this process fit usize")]
                     let filled = fill(&child, self.page, address as usize, Fill::Poison(page_len(self.page, extent.count())));

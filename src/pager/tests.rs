@@ -81,6 +81,23 @@ fn after_a_panic_of_the_loop_no_page_reads_as_zeros_and_no_thread_waits() {
     assert!(Region::builder().store(store).pager(&pager).open().is_err());
 }
 
+#[test]
+fn after_a_panic_of_the_installer_a_pull_ends_and_what_is_missing_is_lost() {
+    let Some((region, store, pager)) = open() else { return };
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let pulling = {
+        let region = region.clone();
+        std::thread::spawn(move || runtime.block_on(region.pull()))
+    };
+    until("the pull waits for its bytes", || !store.waiting().is_empty());
+    // No message is there to be read, so the next turn is the installer's.
+    pager.engine().panic_next.store(true, Relaxed);
+    store.open();
+    assert!(matches!(pulling.join().unwrap(), Err(RegionError::Lost { .. })));
+    assert_eq!(region.residency().lost, PAGES as u64);
+    peek(&region, 3).unwrap_err();
+}
+
 /// A fault at a place where pages have moved to, read before the message that says so.
 #[test]
 fn a_fault_that_the_kernel_put_off_is_decided_by_what_is_there_then() {
