@@ -250,6 +250,13 @@ impl Identity {
         Arc::clone(&self.0.certified)
     }
 
+    /// A secret for one purpose, the same whenever this identity asks for it: HMAC-SHA256 (RFC 2104) of the purpose under the private key. It tells nothing
+    /// about the key, nor about the secret for another purpose.
+    pub(crate) fn secret(&self, purpose: &str) -> ring::hmac::Tag {
+        let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, self.0.key.secret_pkcs8_der());
+        ring::hmac::sign(&key, purpose.as_bytes())
+    }
+
     /// The only way to an `Identity`: here key and chain are checked.
     fn assemble(key: PrivatePkcs8KeyDer<'static>, chain: Vec<CertificateDer<'static>>) -> Result<Identity, IdentityError> {
         let unusable = |reason: String| IdentityError::Key { reason };

@@ -3,11 +3,13 @@
 //! Role: hop *wire*. Neighbours: `peer` and `server` open their endpoints here. Invariants: a batch of segments handed to the kernel stays under 64 KiB (a larger one is
 //! dropped without an error); option values that would hang a connection are refused.
 
+use super::identity::Identity;
 use crate::{NetError, Service};
 use quinn::{
     AsyncTimer, AsyncUdpSocket, EndpointConfig, MtuDiscoveryConfig, Runtime, TokioRuntime, TransportConfig, UdpPoller, VarInt,
     udp::{RecvMeta, Transmit},
 };
+use quinn_proto::HashedConnectionIdGenerator;
 use socket2::{Domain, Protocol, Socket, Type};
 use std::{
     fmt, io,
@@ -137,7 +139,7 @@ impl TransportOptions {
         if let Some(server) = &mut server {
             server.transport_config(Arc::new(self.quinn()?));
         }
-        Ok((self.endpoint(address, server, &runtime)?, config))
+        Ok((self.endpoint(address, server, EndpointConfig::default(), &runtime)?, config))
     }
 
     /// The same for quinn.
@@ -171,11 +173,11 @@ impl TransportOptions {
         &self,
         address: SocketAddr,
         server: Option<quinn::ServerConfig>,
+        mut config: EndpointConfig,
         runtime: &PrivateRuntime,
     ) -> Result<quinn::Endpoint, NetError> {
         let failed = |call, source: io::Error| NetError::Socket { call, address, source: Arc::new(source) };
         let socket = self.bind(address).map_err(|error| failed("opening a UDP socket", error))?;
-        let mut config = EndpointConfig::default();
         // Caps what the peer's discovery may climb to, and sizes the receive buffers.
         config.max_udp_payload_size(self.mtu_max_bytes).map_err(|error| NetError::InvalidOption {
             option: "mtu_max_bytes",
@@ -201,6 +203,20 @@ impl TransportOptions {
         socket.bind(&address.into())?;
         Ok(socket.into())
     }
+}
+
+/// The configuration of an endpoint that a restarted server shares with the one before it. What it gets on connections that it does not know it answers
+/// with a stateless reset (RFC 9000, 10.3), which only the key of the earlier endpoint can make: a client then dials anew at once, and does
+/// not wait for its idle time-out. Another server with the same identity can reset a connection only for somebody who sees its
+/// connection IDs, and who sees them can as well drop its packets.
+pub(super) fn recognisable(identity: &Identity) -> EndpointConfig {
+    let reset_key = identity.secret("pageferry stateless reset");
+    let mut config = EndpointConfig::new(Arc::new(ring::hmac::Key::new(ring::hmac::HMAC_SHA256, reset_key.as_ref())));
+    // IDs of connections are marked as such, for packets that are no QUIC to be dropped cheaply; without the same mark the reset is not even tried.
+    let mark = identity.secret("pageferry connection ids");
+    let mark = mark.as_ref().first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(mark)));
+    config
 }
 
 /// quinn's work done on a service's runtime, whichever runtime the caller is in (S2).

@@ -142,3 +142,13 @@ fn debug_shows_the_id_and_no_key() {
     let identity = Identity::generate().unwrap();
     assert_eq!(format!("{identity:?}"), format!("Identity {{ peer_id: {:?}, certificates: 1, .. }}", identity.peer_id()));
 }
+
+#[test]
+fn secrets_are_an_identitys_own_and_one_for_each_purpose() {
+    let (identity, other) = (Identity::generate().unwrap(), Identity::generate().unwrap());
+    let secret = |identity: &Identity, purpose| identity.secret(purpose).as_ref().to_vec();
+    let again = Identity::from_pem(&identity.to_pem()).unwrap();
+    assert_eq!(secret(&identity, "a"), secret(&again, "a"));
+    assert_ne!(secret(&identity, "a"), secret(&identity, "b"));
+    assert_ne!(secret(&identity, "a"), secret(&other, "a"));
+}
