@@ -1,6 +1,7 @@
 //! Jobs for fuzzers: what `fuzz/` drives and `tests/fuzz_corpus.rs` replays. No part of the API.
 //!
-//! Role: opens decoders of hostile bytes to fuzz targets without making them public. Neighbours: `net::wire`, `net::codec`.
+//! Role: opens decoders of hostile bytes, and the pager's decisions, to fuzz targets without making them public. Neighbours: `net::wire`, `net::codec`,
+//! `pager::model`.
 //! Invariants: a function here tells a broken property from refused input, and panics on neither.
 
 use crate::{
@@ -9,8 +10,25 @@ use crate::{
         codec::{decode_run, encode_run},
         wire::{DATA_FIELDS_BYTES, DataHead, EncodedRun, Frame, HEADER_BYTES, Header, encode_data_head},
     },
+    pager::model::{AddressOp, CoreEvent, ResidencyOp, events, try_address_map, try_core, try_residency},
 };
 use bytes::{Bytes, BytesMut};
+use std::collections::BTreeSet;
+
+/// Tries one of the pager's pure parts against its reference: the first byte says which, the next two are settings, then four bytes make an
+/// event. Tells the names of the events and decisions that the trial came by.
+///
+/// # Errors
+/// What does not hold that should.
+pub fn pager_ops(input: &[u8]) -> Result<BTreeSet<&'static str>, String> {
+    let Some((&[part, a, b], rest)) = input.split_first_chunk() else { return Ok(BTreeSet::new()) };
+    match part % 4 {
+        0 => try_residency([a, b], &events(rest, ResidencyOp::of)),
+        1 => try_address_map(&events(rest, AddressOp::of)),
+        // The core has the most to say.
+        _ => try_core(1 + u64::from(a % 8), 1 + u64::from(b % 9), &events(rest, CoreEvent::of)),
+    }
+}
 
 /// Decodes a stream of frames until one is refused or incomplete, and tells the names of those that decoded.
 ///

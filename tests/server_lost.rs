@@ -17,7 +17,7 @@ use std::{
     net::SocketAddr,
     os::unix::process::ExitStatusExt,
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -31,7 +31,7 @@ struct Process {
     child: Child,
     /// Closed when this is dropped, which ends the process.
     _ends_it: std::process::ChildStdin,
-    said: BufReader<std::process::ChildStdout>,
+    said: mpsc::Receiver<String>,
 }
 
 impl Process {
@@ -40,16 +40,16 @@ impl Process {
         command.args(["--ignored", "--exact", role, "--nocapture", "--test-threads=1"]);
         command.envs(settings.iter().map(|(name, value)| (format!("PAGEFERRY_TEST_{name}"), value)));
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let (said, _ends_it) = (BufReader::new(child.stdout.take().unwrap()), child.stdin.take().unwrap());
+        let (out, _ends_it) = (BufReader::new(child.stdout.take().unwrap()), child.stdin.take().unwrap());
+        let (line, said) = mpsc::channel();
+        thread::spawn(move || out.lines().map_while(Result::ok).try_for_each(|said| line.send(said)));
         Process { child, _ends_it, said }
     }
 
     /// Waits until it says `word`, and returns the rest of that line.
-    fn until(&mut self, word: &str) -> String {
-        let mut line = String::new();
+    fn until(&self, word: &str) -> String {
         loop {
-            line.clear();
-            assert_ne!(self.said.read_line(&mut line).unwrap(), 0, "the process ended without saying {word:?}");
+            let line = self.said.recv_timeout(HANG).unwrap_or_else(|error| panic!("it did not say {word:?}: {error}"));
             if let Some(rest) = line.strip_prefix(word) {
                 return rest.trim().to_owned();
             }
@@ -155,9 +155,10 @@ fn soon_poison() -> LossPolicy {
     LossPolicy { keep_trying: Duration::from_millis(300), ..LossPolicy::default() }
 }
 
-/// How long a thread may wait once its server is gone, with [`impatient`] options and 300 ms of trying: the loss noticed (1 s), an attempt to
-/// connect after each end of trying (0.5 s), and room for a busy machine.
-const BOUND: Duration = Duration::from_secs(6);
+/// How long a thread may wait once its server is gone. With [`impatient`] options and 300 ms of trying it is some 3 s: the loss is noticed, and an
+/// attempt to connect fails after each end of trying. The rest is room for a machine that stands still for seconds, as virtual ones do; the
+/// default policy alone would take 30 s.
+const BOUND: Duration = Duration::from_secs(15);
 
 /// A server process and what its client needs.
 struct Stage {
@@ -185,7 +186,7 @@ impl Stage {
             ("LISTEN", self.address.to_string()),
             ("HOLD", hold.to_string()),
         ];
-        let mut server = Process::start("server_process", &settings);
+        let server = Process::start("server_process", &settings);
         let address = server.until("listening ").parse().unwrap();
         (server, address)
     }
@@ -222,7 +223,7 @@ async fn a_server_that_comes_back_is_reconnected_to_and_no_page_is_lost() {
     if !userfaultfd() {
         return;
     }
-    let (stage, mut server) = Stage::start(THREADS);
+    let (stage, server) = Stage::start(THREADS);
     let patient = LossPolicy { keep_trying: HANG, ..LossPolicy::default() };
     let (_pager, region) = stage.region(patient, impatient()).await;
     let mut events = region.events();
@@ -246,7 +247,7 @@ async fn a_restarted_server_is_noticed_long_before_the_idle_time_out() {
     if !userfaultfd() {
         return;
     }
-    let (stage, mut server) = Stage::start(THREADS);
+    let (stage, server) = Stage::start(THREADS);
     let idle_timeout = Duration::from_secs(60);
     let slow = TransportOptions { idle_timeout, answer_timeout: idle_timeout, ..impatient() };
     let (_pager, region) = stage.region(LossPolicy::default(), slow).await;
@@ -262,7 +263,7 @@ async fn a_pull_goes_on_with_the_server_that_comes_back() {
     if !userfaultfd() {
         return;
     }
-    let (stage, mut server) = Stage::start(1);
+    let (stage, server) = Stage::start(1);
     let patient = LossPolicy { keep_trying: HANG, ..LossPolicy::default() };
     let (_pager, region) = stage.region(patient, impatient()).await;
     let pulling = tokio::spawn({
@@ -285,7 +286,7 @@ async fn another_store_answers_when_the_server_is_killed() {
     if !userfaultfd() {
         return;
     }
-    let (stage, mut server) = Stage::start(THREADS);
+    let (stage, server) = Stage::start(THREADS);
     let loss = LossPolicy { then: OnLoss::Fallback(Arc::new(world(PAGES))), ..soon_poison() };
     let (_pager, region) = stage.region(loss, impatient()).await;
     let threads = touch(&region);
@@ -302,7 +303,7 @@ async fn another_store_answers_when_the_server_hangs() {
     if !userfaultfd() {
         return;
     }
-    let (stage, mut server) = Stage::start(THREADS);
+    let (stage, server) = Stage::start(THREADS);
     let loss = LossPolicy { then: OnLoss::Fallback(Arc::new(world(PAGES))), ..soon_poison() };
     let (_pager, region) = stage.region(loss, impatient()).await;
     let threads = touch(&region);
@@ -330,7 +331,7 @@ async fn many_reads_of_a_silent_server_fail_together() {
     for read in reads.collect::<Vec<_>>() {
         assert!(soon("a read", read).await.unwrap().unwrap_err().is_transient());
     }
-    assert!(start.elapsed() < 5 * impatient().connect_timeout, "{:?} for all", start.elapsed());
+    assert!(start.elapsed() < 10 * impatient().connect_timeout, "{:?} for all", start.elapsed());
 }
 
 /// The program is asked, says to try longer once, and then names another store.
@@ -339,7 +340,7 @@ async fn the_program_is_asked_what_to_do_and_obeyed() {
     if !userfaultfd() {
         return;
     }
-    let (stage, mut server) = Stage::start(THREADS);
+    let (stage, server) = Stage::start(THREADS);
     let asked: Arc<Mutex<Vec<Loss>>> = Arc::default();
     let decide = {
         let (asked, spare) = (asked.clone(), Arc::new(world(PAGES)));
@@ -369,7 +370,7 @@ async fn poisoned_pages_are_errors_for_whoever_asks_first() {
     if !userfaultfd() {
         return;
     }
-    let (stage, mut server) = Stage::start(2);
+    let (stage, server) = Stage::start(2);
     let (_pager, region) = stage.region(soon_poison(), impatient()).await;
     let mut events = region.events();
     let waiting = tokio::spawn({
@@ -392,7 +393,13 @@ async fn poisoned_pages_are_errors_for_whoever_asks_first() {
     assert!(matches!(error, RegionError::Lost { extent, .. } if extent == Extent::page(0)), "{error}");
     assert_eq!(region.residency().lost, PAGES);
     assert!(matches!(events.try_recv(), Ok(RegionEvent::StoreAway { .. })));
-    assert!(matches!(events.try_recv(), Ok(RegionEvent::Lost { extent, .. }) if extent == Extent::between(0, PAGES)));
+    let mut told = Vec::new();
+    while let Ok(event) = events.try_recv() {
+        let RegionEvent::Lost { extent, .. } = event else { panic!("{event:?}") };
+        told.extend(extent.pages());
+    }
+    told.sort_unstable();
+    assert_eq!(told, (0..PAGES).collect::<Vec<_>>(), "each lost page is told of once");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -400,7 +407,7 @@ async fn a_thread_that_waits_for_a_poisoned_page_gets_sigbus() {
     if !userfaultfd() {
         return;
     }
-    let (stage, mut server) = Stage::start(1);
+    let (stage, server) = Stage::start(1);
     let settings = [
         ("IDENTITY", stage.folder.path().join("client.pem").to_str().unwrap().to_owned()),
         ("SERVER", stage.keys.server.peer_id().to_string()),

@@ -125,7 +125,7 @@ impl PeerBuilder<'_> {
             SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
             SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
         };
-        let mut endpoint = self.options.endpoint(local, None, &PrivateRuntime::of(&service))?;
+        let mut endpoint = self.options.endpoint(local, None, quinn::EndpointConfig::default(), &PrivateRuntime::of(&service))?;
         endpoint.set_default_client_config(config);
         let peer = Peer {
             inner: Arc::new(Inner {

@@ -9,7 +9,7 @@ use super::{
     serve::Session,
     stream::{FrameReader, FrameWriter},
     tls::{self, Trust},
-    transport::{PrivateRuntime, TransportOptions},
+    transport::{PrivateRuntime, TransportOptions, recognisable},
     wire::Access,
 };
 use crate::{NetError, PageStore, Service};
@@ -185,7 +185,8 @@ impl<'a> ServerBuilder<'a> {
         let crypto = tls::server_config(self.identity, &self.trust, &[tls::ALPN])?;
         let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
         config.transport_config(Arc::new(self.options.quinn()?));
-        let endpoint = self.options.endpoint(address, Some((config, self.identity)), &PrivateRuntime::of(&service))?;
+        let recognisable = recognisable(self.identity);
+        let endpoint = self.options.endpoint(address, Some(config), recognisable, &PrivateRuntime::of(&service))?;
         let local = endpoint.local_addr().map_err(|error| socket("looking up the local address of", error))?;
         let shared = Arc::new(Shared {
             trust: self.trust,

@@ -139,8 +139,7 @@ impl TransportOptions {
         if let Some(server) = &mut server {
             server.transport_config(Arc::new(self.quinn()?));
         }
-        let identity = Identity::generate().map_err(|error| NetError::Identity { reason: error.to_string() })?;
-        Ok((self.endpoint(address, server.map(|server| (server, &identity)), &runtime)?, config))
+        Ok((self.endpoint(address, server, EndpointConfig::default(), &runtime)?, config))
     }
 
     /// The same for quinn.
@@ -173,15 +172,12 @@ impl TransportOptions {
     pub(super) fn endpoint(
         &self,
         address: SocketAddr,
-        server: Option<(quinn::ServerConfig, &Identity)>,
+        server: Option<quinn::ServerConfig>,
+        mut config: EndpointConfig,
         runtime: &PrivateRuntime,
     ) -> Result<quinn::Endpoint, NetError> {
         let failed = |call, source: io::Error| NetError::Socket { call, address, source: Arc::new(source) };
         let socket = self.bind(address).map_err(|error| failed("opening a UDP socket", error))?;
-        let (server, mut config) = match server {
-            Some((server, identity)) => (Some(server), recognisable(identity)),
-            None => (None, EndpointConfig::default()),
-        };
         // Caps what the peer's discovery may climb to, and sizes the receive buffers.
         config.max_udp_payload_size(self.mtu_max_bytes).map_err(|error| NetError::InvalidOption {
             option: "mtu_max_bytes",
@@ -213,7 +209,7 @@ impl TransportOptions {
 /// with a stateless reset (RFC 9000, 10.3), which only the key of the earlier endpoint can make: a client then dials anew at once, and does
 /// not wait for its idle time-out. Another server with the same identity can reset a connection only for somebody who sees its
 /// connection IDs, and who sees them can as well drop its packets.
-fn recognisable(identity: &Identity) -> EndpointConfig {
+pub(super) fn recognisable(identity: &Identity) -> EndpointConfig {
     let reset_key = identity.secret("pageferry stateless reset");
     let mut config = EndpointConfig::new(Arc::new(ring::hmac::Key::new(ring::hmac::HMAC_SHA256, reset_key.as_ref())));
     // IDs of connections are marked as such, for packets that are no QUIC to be dropped cheaply; without the same mark the reset is not even tried.

@@ -1,7 +1,7 @@
 //! The decisions about one region: what to do about a fault, a reply, a discard.
 //!
 //! Role: hop *decide*. Neighbours: `engine` feeds it messages and replies and carries out what it answers; it knows pages and no bytes,
-//! no addresses and no clock, so that every order of events can be enumerated. Invariants, each checked by the model test below:
+//! no addresses and no clock, so that every order of events can be enumerated. Invariants, each checked by `model`:
 //! a page on its way is not asked for twice; only pages still wanted are installed (S4); a discarded page never gets store
 //! bytes again; the number of pages asked for because of faults stays within the bound, the faults beyond it wait in order.
 
@@ -169,9 +169,11 @@ impl Core {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use std::collections::BTreeSet;
+    use super::{
+        super::model::{CoreEvent, try_core},
+        *,
+    };
+    use proptest::{collection::vec, prelude::*};
 
     fn core(pages: u64, base: u64, bound: u64) -> Core {
         Core::new(pages, false, Around::new(base, base), bound)
@@ -213,140 +215,14 @@ mod tests {
         assert!(core.answered(Extent::page(1)).is_empty());
     }
 
-    #[derive(Clone, Debug)]
-    enum Event {
-        /// If it gets zeros and the flag is set, the kernel puts them off.
-        Fault(u64, bool),
-        /// The nth request in flight is answered with its pages.
-        Reply(usize),
-        /// The same, but the kernel puts the install off.
-        PutOff(usize),
-        /// The nth install that was put off is tried again, and done.
-        Settle(usize),
-        /// The nth request in flight fails and is asked for again.
-        Fail(usize),
-        Pulled(Extent),
-        Discard(Extent),
-        Lose(Extent),
-        Populate(Extent),
-    }
-
-    fn event() -> impl Strategy<Value = Event> {
-        let extent = || (0u64..24, 1u64..6).prop_map(|(first, count)| Extent::between(first, (first + count).min(24)));
-        prop_oneof![
-            6 => (0u64..24, any::<bool>()).prop_map(|(page, put_off)| Event::Fault(page, put_off)),
-            6 => (0usize..8).prop_map(Event::Reply),
-            2 => (0usize..8).prop_map(Event::PutOff),
-            2 => (0usize..4).prop_map(Event::Settle),
-            1 => (0usize..8).prop_map(Event::Fail),
-            2 => extent().prop_map(Event::Pulled),
-            2 => extent().prop_map(Event::Discard),
-            1 => extent().prop_map(Event::Lose),
-            1 => extent().prop_map(Event::Populate),
-        ]
-    }
-
     proptest! {
-        /// Any order of events: a page is asked for once at a time, store bytes never land on a page that is present or was discarded, the
-        /// bound holds, and once all requests are answered no fault is left waiting.
+        /// Any order of events, see `model`.
         #[test]
-        fn every_order_of_events_keeps_the_invariants(base in 1u64..9, bound in 1u64..10, events in proptest::collection::vec(event(), 0..80)) {
-            let mut core = core(24, base, bound);
-            let mut in_flight: Vec<Extent> = Vec::new();
-            let (mut present, mut discarded, mut lost) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
-            let mut blocked: BTreeSet<u64> = BTreeSet::new();
-            // With whether they are zeros that the kernel put off.
-            let mut put_off: Vec<(Extent, bool)> = Vec::new();
-            let answer_all = [vec![Event::Reply(0); 200], vec![Event::Settle(0); 200]].concat();
-            for event in events.into_iter().chain(answer_all) {
-                match event {
-                    Event::Fault(page, zeros_put_off) => {
-                        blocked.insert(page);
-                        match core.fault(page) {
-                            Decision::Wake => { prop_assert!(present.contains(&page) || lost.contains(&page)); blocked.remove(&page); }
-                            Decision::Zero if zeros_put_off => {
-                                prop_assert!(discarded.contains(&page));
-                                core.postponed(Extent::page(page));
-                                put_off.push((Extent::page(page), true));
-                                present.remove(&page);
-                            }
-                            Decision::Zero => {
-                                prop_assert!(discarded.contains(&page));
-                                core.installed(Extent::page(page));
-                                present.insert(page);
-                                blocked.remove(&page);
-                            }
-                            Decision::Joined => prop_assert!(!present.contains(&page) && !discarded.contains(&page)),
-                            Decision::Ask { around } => { in_flight.push(Extent::page(page)); in_flight.extend(around); }
-                        }
-                    }
-                    Event::Populate(within) => in_flight.extend(core.want(within)),
-                    Event::Reply(n) if n < in_flight.len() => {
-                        let extent = in_flight.remove(n);
-                        let arrived = core.arrived(extent, Origin::Demand);
-                        in_flight.extend(core.answered(extent).into_iter().map(Extent::page));
-                        for wanted in arrived {
-                            for page in wanted.pages() {
-                                prop_assert!(!discarded.contains(&page) && present.insert(page), "page {} installed twice", page);
-                                blocked.remove(&page);
-                            }
-                            core.installed(wanted);
-                        }
-                    }
-                    Event::PutOff(n) if n < in_flight.len() => {
-                        let extent = in_flight.remove(n);
-                        let arrived = core.arrived(extent, Origin::Demand);
-                        in_flight.extend(core.answered(extent).into_iter().map(Extent::page));
-                        for wanted in arrived {
-                            core.postponed(wanted);
-                            put_off.push((wanted, false));
-                        }
-                    }
-                    Event::Settle(n) if n < put_off.len() => {
-                        let (extent, zeros) = put_off.remove(n);
-                        for wanted in if zeros { core.zeros_wanted(extent) } else { core.arrived(extent, Origin::Demand) } {
-                            for page in wanted.pages() {
-                                prop_assert!(zeros || !discarded.contains(&page), "page {} gets older bytes", page);
-                                prop_assert!(present.insert(page), "page {} installed twice", page);
-                                blocked.remove(&page);
-                            }
-                            core.installed(wanted);
-                        }
-                    }
-                    Event::Fail(n) if n < in_flight.len() => { /* tried again: it stays in flight */ }
-                    Event::Reply(_) | Event::PutOff(_) | Event::Settle(_) | Event::Fail(_) => {}
-                    Event::Pulled(extent) => for wanted in core.arrived(extent, Origin::Pull) {
-                        for page in wanted.pages() {
-                            prop_assert!(!discarded.contains(&page) && present.insert(page));
-                            blocked.remove(&page);
-                        }
-                        core.installed(wanted);
-                    },
-                    Event::Discard(extent) => {
-                        core.discarded(extent);
-                        for page in extent.pages() {
-                            present.remove(&page);
-                            lost.remove(&page);
-                            discarded.insert(page);
-                            // The shell wakes waiters of a removed range: they fault again and get zeros.
-                            blocked.remove(&page);
-                        }
-                    }
-                    Event::Lose(extent) => for gone in core.lose(extent) {
-                        for page in gone.pages() {
-                            prop_assert!(!present.contains(&page));
-                            lost.insert(page);
-                            blocked.remove(&page);
-                        }
-                    },
-                }
-                let total: u64 = in_flight.iter().map(|extent| extent.count()).sum();
-                prop_assert!(total <= bound, "{} pages in flight, the bound is {}", total, bound);
-                let unique: BTreeSet<u64> = in_flight.iter().flat_map(|extent| extent.pages()).collect();
-                let stale = in_flight.iter().flat_map(|extent| extent.pages()).filter(|page| discarded.contains(page)).count();
-                prop_assert!(unique.len() as u64 == total || stale > 0, "a page is asked for twice");
-            }
-            prop_assert!(in_flight.is_empty() && blocked.is_empty(), "blocked for ever: {:?}", blocked);
+        fn every_order_of_events_keeps_the_invariants(
+            base_pages in 1u64..9, bound_pages in 1u64..10, events in vec(any::<[u8; 4]>().prop_map(CoreEvent::of), 0..80)
+        ) {
+            let tried = try_core(base_pages, bound_pages, &events);
+            prop_assert!(tried.is_ok(), "{}", tried.unwrap_err());
         }
     }
 }

@@ -12,6 +12,7 @@ mod fetch;
 mod gather;
 mod install;
 mod installer;
+pub(crate) mod model;
 mod place;
 mod requests;
 mod residency;

@@ -165,73 +165,17 @@ fn slice(plane: &mut Plane, extent: Extent) -> &mut BitSlice<u64, Lsb0> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    const PAGES: u64 = 150;
-
-    #[derive(Clone, Debug)]
-    enum Op {
-        Ask(Extent),
-        Unask(Extent),
-        Install(Extent),
-        Discard(Extent),
-        Lose(Extent),
-    }
-
-    fn op() -> impl Strategy<Value = Op> {
-        let extent = (0..PAGES, 0u64..40).prop_map(|(first, count)| Extent::between(first, (first + count).min(PAGES)));
-        (0..5, extent).prop_map(|(kind, extent)| match kind {
-            0 => Op::Ask(extent),
-            1 => Op::Unask(extent),
-            2 => Op::Install(extent),
-            3 => Op::Discard(extent),
-            _ => Op::Lose(extent),
-        })
-    }
-
-    /// The naive model: one record a page, changed page by page.
-    #[derive(Clone, Copy, Default)]
-    struct Page {
-        resident: bool,
-        asked: bool,
-        discarded: bool,
-        lost: bool,
-    }
+    use super::{
+        super::model::{ResidencyOp, try_residency},
+        *,
+    };
+    use proptest::{collection::vec, prelude::*};
 
     proptest! {
         #[test]
-        fn bit_planes_agree_with_a_naive_model(ops in proptest::collection::vec(op(), 0..40), within in (0..PAGES, 0..PAGES)) {
-            let mut ours = Residency::new(PAGES, false);
-            let mut naive = vec![Page::default(); PAGES as usize];
-            for op in ops {
-                let (extent, change): (Extent, fn(&mut Page)) = match op {
-                    Op::Ask(extent) => { ours.ask(extent); (extent, |page| page.asked = true) }
-                    Op::Unask(extent) => { ours.unask(extent); (extent, |page| page.asked = false) }
-                    Op::Install(extent) => { ours.install(extent); (extent, |page| { page.resident = true; page.asked = false }) }
-                    Op::Discard(extent) => {
-                        ours.discard(extent);
-                        (extent, |page| *page = Page { discarded: true, ..Page::default() })
-                    }
-                    Op::Lose(extent) => { ours.lose(extent); (extent, |page| { page.asked = false; page.lost = true }) }
-                };
-                extent.pages().for_each(|page| change(&mut naive[page as usize]));
-            }
-            let within = Extent::between(within.0.min(within.1), within.0.max(within.1));
-            let pages = |holds: fn(&Page) -> bool| -> Vec<u64> {
-                within.pages().filter(|page| holds(&naive[*page as usize])).collect()
-            };
-            let flat = |runs: Vec<Extent>| -> Vec<u64> { runs.into_iter().flat_map(Extent::pages).collect() };
-            prop_assert_eq!(flat(ours.missing(within).collect()), pages(|p| !p.resident && !p.discarded && !p.lost));
-            prop_assert_eq!(flat(ours.unasked(within).collect()), pages(|p| !p.resident && !p.discarded && !p.lost && !p.asked));
-            prop_assert_eq!(flat(ours.asked(within).collect()), pages(|p| p.asked && !p.resident && !p.discarded && !p.lost));
-            prop_assert_eq!(flat(ours.discarded(within).collect()), pages(|p| p.discarded && !p.resident));
-            prop_assert_eq!(flat(ours.resident(within).collect()), pages(|p| p.resident));
-            prop_assert_eq!(flat(ours.lost(within).collect()), pages(|p| p.lost));
-            let count = |holds: fn(&Page) -> bool| naive.iter().filter(|page| holds(page)).count() as u64;
-            prop_assert_eq!(ours.resident_pages(), count(|p| p.resident));
-            prop_assert_eq!(ours.discarded_pages(), count(|p| p.discarded && !p.resident));
-            prop_assert_eq!(ours.lost_pages(), count(|p| p.lost));
+        fn bit_planes_agree_with_a_naive_model(ops in vec(any::<[u8; 4]>().prop_map(ResidencyOp::of), 0..40), within: [u8; 2]) {
+            let tried = try_residency(within, &ops);
+            prop_assert!(tried.is_ok(), "{}", tried.unwrap_err());
         }
     }
 

@@ -118,12 +118,12 @@ pub fn assert_run(run: &Run) {
     assert!(right, "{} hold other bytes than they should", run.extent);
 }
 
-/// Transport options for tests in which an end is lost: everything is noticed within about a second.
+/// Transport options for tests in which an end is lost: everything is noticed within about two seconds.
 pub fn impatient() -> TransportOptions {
     TransportOptions {
-        idle_timeout: Duration::from_millis(1000),
+        idle_timeout: Duration::from_millis(1500),
         keep_alive: Duration::from_millis(200),
-        connect_timeout: Duration::from_millis(500),
+        connect_timeout: Duration::from_millis(1000),
         ..TransportOptions::default()
     }
 }
