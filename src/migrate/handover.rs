@@ -32,6 +32,18 @@ pub(crate) enum SourceState {
     Released(Turn),
 }
 
+impl SourceState {
+    /// The attempt that it is about.
+    pub(crate) fn turn(self) -> Option<Turn> {
+        match self {
+            SourceState::Running => None,
+            SourceState::Offered(turn) | SourceState::Paused(turn) | SourceState::Committed(turn) | SourceState::Released(turn) => {
+                Some(turn)
+            }
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum SourceEvent {
     /// TAKE.
