@@ -11,9 +11,9 @@ mod program;
 mod raw;
 
 use net::{LOOPBACK, soon, userfaultfd};
-use pageferry::{Destination, Gate, Identity, MoveError, Moved, NetError, Region, Source, SourceBuilder, Strategy};
+use pageferry::{Destination, Gate, Identity, MoveError, MoveEvent, Moved, NetError, Region, Source, SourceBuilder, Strategy};
 use program::{Keys, Ledger, Program, check, is_aborted, wait_for, world};
-use raw::{COMMIT, COMPLETE, MAPPED, NOT_OWNER, OFFER, PREPARE, READY, RESUMED, RawDestination};
+use raw::{COMMIT, COMPLETE, MAPPED, NOT_OWNER, OFFER, PREPARE, READY, RELEASED, RESUMED, RawDestination};
 use std::{
     future::pending,
     net::SocketAddr,
@@ -263,6 +263,49 @@ async fn a_destination_that_leaves_before_it_is_ready_changes_nothing() {
         stage.ledger.advances().await;
     }
     stage.moves_unharmed().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_the_commit_the_same_session_gets_the_same_answer_and_the_memory() {
+    if !userfaultfd() {
+        return;
+    }
+    let stage = Stage::new();
+    let (mut told, raw) = (stage.source.events(), stage.raw().await);
+    let mut handover = raw.take(7).await;
+    handover.up_to(READY).await;
+    wait_for(&mut told, "the commit", |event| *event == MoveEvent::Committed { epoch: 2 }).await;
+    raw.client.connection.close(0u32.into(), b"killed before COMMIT came");
+    stage.program.has_left();
+    let raw = RawDestination::connect(stage.source.local_addr(), &stage.keys.there).await;
+    for _ in 0..3 {
+        let mut again = raw.take(7).await;
+        again.expect(COMMIT).await;
+        assert_eq!(again.epoch, 2);
+    }
+    assert_eq!(raw.take(8).await.aborted().await.0, NOT_OWNER);
+    let served = raw.read("heap", 64).await;
+    let mut here = vec![0; served.len()];
+    stage.regions[0].read_at(0, &mut here).unwrap();
+    assert!(served == here, "the memory is served as the program left it");
+    check(&stage.regions, &stage.ledger);
+
+    let mut last = raw.take(7).await;
+    for kind in [COMMIT, RELEASED] {
+        last.expect(kind).await;
+        last.say(if kind == COMMIT { COMPLETE } else { RESUMED }).await;
+    }
+    soon("the departure", stage.source.departed()).await.unwrap();
+    // The region is the program's own again: RELEASED that was lost and is asked for anew does not take it.
+    stage.regions[0].write_at(4096, b"something new").unwrap();
+    let mut again = raw.take(7).await;
+    again.expect(COMMIT).await;
+    again.say(COMPLETE).await;
+    again.expect(RELEASED).await;
+    let mut bytes = [0; 13];
+    stage.regions[0].read_at(4096, &mut bytes).unwrap();
+    assert_eq!(&bytes, b"something new");
+    assert!(!stage.source.owns());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

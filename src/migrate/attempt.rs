@@ -103,8 +103,7 @@ impl Shared {
         let _ = self.events.send(event);
     }
 
-    fn release(&self, turn: Turn, peer: PeerId) {
-        self.tell(MoveEvent::Complete);
+    fn release(&self) {
         if !self.keep_memory {
             for region in &self.regions {
                 if let Err(error) = region.discard(0..region.len() as u64) {
@@ -112,6 +111,9 @@ impl Shared {
                 }
             }
         }
+    }
+
+    fn depart(&self, turn: Turn, peer: PeerId) {
         let times = self.times();
         let downtime = times.paused.zip(times.resumed).map_or(Duration::ZERO, |(paused, resumed)| resumed - paused);
         let total = times.asked.map_or(Duration::ZERO, |asked| asked.elapsed());
@@ -258,12 +260,21 @@ impl Attempt {
                 return Err(End::Failed(reason.into()));
             }
             SourceAction::Release(turn) => {
-                let (shared, peer) = (self.shared.clone(), self.peer);
+                self.shared.tell(MoveEvent::Complete);
+                let shared = self.shared.clone();
                 // Giving the memory back is a system call of milliseconds.
-                let released = tokio::task::spawn_blocking(move || shared.release(turn, peer)).await;
+                let released = tokio::task::spawn_blocking(move || shared.release()).await;
                 if let Err(error) = released {
                     tracing::error!(%error, "releasing the regions failed");
                 }
+                let sent = self.send(&Frame::Released { session: turn.session, epoch: turn.epoch }).await;
+                self.writer.finish();
+                // Many a source ends when its program has departed, and RELEASED with it if that were said before it has arrived.
+                let _ = tokio::time::timeout(LAST_WORD_LIMIT, self.writer.delivered()).await;
+                self.shared.depart(turn, self.peer);
+                return sent.and(Err(End::Orderly));
+            }
+            SourceAction::ReleasedAgain(turn) => {
                 self.send(&Frame::Released { session: turn.session, epoch: turn.epoch }).await?;
             }
             SourceAction::Refuse => {
