@@ -11,7 +11,7 @@ mod proxy;
 mod raw;
 
 use net::{HANG, LOOPBACK, soon, userfaultfd};
-use pageferry::{Destination, LossPolicy, MoveError, MoveEvent, Moved, OnLoss, RegionEvent, Source, Strategy};
+use pageferry::{Destination, LossPolicy, MoveError, MoveEvent, Moved, OnLoss, Region, RegionError, RegionEvent, Source, Strategy};
 use program::{Keys, Ledger, Program, check, check_stamps, gated, is_aborted, poison_soon, short_idle, until, wait_for, world};
 use proxy::{Proxy, Weather};
 use raw::{COMMIT, MAPPED, READY, RESUMED, RawSource};
@@ -31,6 +31,10 @@ async fn connect(keys: &Keys, address: SocketAddr, loss: LossPolicy) -> Destinat
 
 fn patient() -> LossPolicy {
     LossPolicy { keep_trying: HANG, then: OnLoss::Poison }
+}
+
+fn is_lost<T: std::fmt::Debug>(outcome: &Result<T, MoveError>) -> bool {
+    matches!(outcome, Err(MoveError::Region(RegionError::Lost { .. })))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -261,4 +265,35 @@ async fn a_source_may_end_as_soon_as_its_program_has_departed() {
         wait_for(&mut told, "RELEASED", |event| *event == MoveEvent::Released).await;
         soon("the last page", moved.complete()).await.unwrap();
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pages_are_not_pulled_from_a_source_that_was_started_anew() {
+    if !userfaultfd() {
+        return;
+    }
+    let (keys, ledger) = (Keys::new(), Ledger::new());
+    let regions = [world(&["heap"], 64).remove(0), gated("archive", 64).0];
+    let program = Program::start(&regions[..1], &ledger);
+    let source = keys.source(&regions, &program.gate).listen(LOOPBACK).unwrap();
+    let moved = take(&connect(&keys, source.local_addr(), patient()).await).await.unwrap();
+    let address = source.local_addr();
+    drop(source);
+    // Same key, same address, same names, other memory.
+    let fresh = [world(&["heap"], 64).remove(0), Region::builder().name("archive").size(64 * 4096).open().unwrap()];
+    let mut anew = keys.source(&fresh, &pageferry::Gate::new()).listen(address);
+    until("the port is free", || {
+        anew.is_ok() || {
+            anew = keys.source(&fresh, &pageferry::Gate::new()).listen(address);
+            false
+        }
+    })
+    .await;
+    let outcome = soon("the loss", moved.complete()).await;
+    assert!(is_lost(&outcome), "{outcome:?}");
+    let mut bytes = [0; 8];
+    let read = moved.regions()[1].read_at(4088, &mut bytes);
+    assert!(matches!(read, Err(RegionError::Lost { .. })), "{read:?} {bytes:?}");
+    assert!(anew.unwrap().owns(), "the other program is left alone");
+    program.has_left();
 }

@@ -275,6 +275,7 @@ impl Taking {
             }
         };
         let epoch = self.handover.epoch();
+        self.peer.bind_session(self.session, epoch);
         let resumed = stream.writer.send(&Frame::Resumed { session: self.session, epoch }).await;
         if let Err(error) = resumed {
             // Only the source's measurement of the pause depends on it.
