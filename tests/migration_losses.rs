@@ -68,7 +68,7 @@ async fn a_destination_that_was_ready_runs_only_on_a_commit_of_its_own_attempt()
     if !userfaultfd() {
         return;
     }
-    for answer in ["nothing", "an offer anew", "an abort", "a commit of another epoch"] {
+    for answer in ["nothing", "an offer anew", "an abort", "commits of another epoch"] {
         let keys = Keys::new();
         let mut source = RawSource::listen(&keys.here, 1);
         let limit = Duration::from_secs(1);
@@ -87,12 +87,18 @@ async fn a_destination_that_was_ready_runs_only_on_a_commit_of_its_own_attempt()
             "an abort" => again.abort("the program runs on").await,
             _ => {
                 again.epoch = 3;
-                again.say(COMMIT).await;
+                tokio::spawn(async move {
+                    // For ever, if the destination lets it.
+                    for _ in 0..400 {
+                        again.say(COMMIT).await;
+                        tokio::time::sleep(limit / 20).await;
+                    }
+                });
             }
         }
         let outcome = taking.await.unwrap();
         match (&outcome, answer) {
-            (Err(MoveError::Unknown { waited, reason }), "nothing" | "a commit of another epoch") => {
+            (Err(MoveError::Unknown { waited, reason }), "nothing" | "commits of another epoch") => {
                 assert!(*waited >= limit && !reason.is_empty(), "{answer}: {outcome:?}");
             }
             (Err(MoveError::Aborted { reason }), "an offer anew" | "an abort") => {

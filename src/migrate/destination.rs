@@ -331,7 +331,9 @@ impl Taking {
                 }
                 DestinationAction::GiveUp => return Err(self.give_up(event, reason)),
                 DestinationAction::Ignore | DestinationAction::SendComplete | DestinationAction::Finish => {
-                    heard = self.listen(&mut stream, Some(self.decision_limit)).await?;
+                    // What says nothing gives no more time either.
+                    let limit = if self.undecided_since.is_some() { self.decision_left() } else { self.step_limit };
+                    heard = self.listen(&mut stream, Some(limit)).await?;
                 }
             }
         }
