@@ -265,7 +265,37 @@ impl Heard {
 
 impl Taking {
     async fn run(mut self) -> Result<Moved, MoveError> {
+        let mut stream = match self.hand_over().await {
+            Ok(stream) => stream,
+            Err(error) => {
+                let regions = std::mem::take(&mut self.regions);
+                // Unmapped when the caller hears of it, and may try again at the same addresses; on another thread, for the unmapping waits for this one.
+                let _ = tokio::task::spawn_blocking(move || drop(regions)).await;
+                return Err(error);
+            }
+        };
+        let epoch = self.handover.epoch();
+        self.peer.bind_session(self.session, epoch);
+        let resumed = stream.writer.send(&Frame::Resumed { session: self.session, epoch }).await;
+        if let Err(error) = resumed {
+            // Only the source's measurement of the pause depends on it.
+            tracing::debug!(%error, "the source did not hear that the program runs");
+        }
+        let (regions, state, events) = (self.regions.clone(), self.state.clone(), self.events.clone());
+        let moved = Moved { regions, state, epoch, completion: self.completion.subscribe(), events };
+        self.tell(MoveEvent::Resumed);
+        let service = self.pager.service().clone();
+        // Weak handles: a caller that drops the program ends its pull.
+        let weak = self.regions.iter().map(Region::downgrade).collect();
+        self.regions.clear();
+        service.spawn(self.bring_the_rest(stream, weak));
+        Ok(moved)
+    }
+
+    /// Returns when the program belongs to this end.
+    async fn hand_over(&mut self) -> Result<Stream, MoveError> {
         let mut stream = self.ask().await?;
+        let mut asked = Instant::now();
         let mut heard = self.listen(&mut stream, Some(self.step_limit)).await?;
         loop {
             let Heard { event, reason } = heard;
@@ -281,46 +311,32 @@ impl Taking {
                     let ready = stream.writer.send(&Frame::Ready { session, epoch }).await;
                     heard = self.after(ready, &mut stream, self.decision_limit).await?;
                 }
-                DestinationAction::Run => break,
+                DestinationAction::Run => return Ok(stream),
                 DestinationAction::AskAgain => {
                     let left = self.decision_left();
                     if left.is_zero() {
                         heard = Heard { event: DestinationEvent::TimedOut, reason };
                         continue;
                     }
+                    tokio::time::sleep_until((asked + ASK_AGAIN).into()).await;
+                    asked = Instant::now();
                     match tokio::time::timeout(left, self.ask()).await {
                         Ok(Ok(again)) => {
                             stream = again;
-                            heard = self.listen(&mut stream, Some(left)).await?;
+                            heard = self.listen(&mut stream, Some(self.decision_left())).await?;
                         }
-                        Ok(Err(error)) => {
-                            tokio::time::sleep(ASK_AGAIN.min(left)).await;
-                            heard = Heard { event: DestinationEvent::Lost, reason: error.to_string() };
-                        }
+                        Ok(Err(error)) => heard = Heard { event: DestinationEvent::Lost, reason: error.to_string() },
                         Err(_) => heard = Heard { event: DestinationEvent::TimedOut, reason },
                     }
                 }
                 DestinationAction::GiveUp => return Err(self.give_up(event, reason)),
                 DestinationAction::Ignore | DestinationAction::SendComplete | DestinationAction::Finish => {
-                    heard = self.listen(&mut stream, Some(self.decision_limit)).await?;
+                    // What says nothing gives no more time either.
+                    let limit = if self.undecided_since.is_some() { self.decision_left() } else { self.step_limit };
+                    heard = self.listen(&mut stream, Some(limit)).await?;
                 }
             }
         }
-        let epoch = self.handover.epoch();
-        let resumed = stream.writer.send(&Frame::Resumed { session: self.session, epoch }).await;
-        if let Err(error) = resumed {
-            // Only the source's measurement of the pause depends on it.
-            tracing::debug!(%error, "the source did not hear that the program runs");
-        }
-        let (regions, state, events) = (self.regions.clone(), self.state.clone(), self.events.clone());
-        let moved = Moved { regions, state, epoch, completion: self.completion.subscribe(), events };
-        self.tell(MoveEvent::Resumed);
-        let service = self.pager.service().clone();
-        // Weak handles: a caller that drops the program ends its pull.
-        let weak = self.regions.iter().map(Region::downgrade).collect();
-        self.regions.clear();
-        service.spawn(self.bring_the_rest(stream, weak));
-        Ok(moved)
     }
 
     fn tell(&self, event: MoveEvent) {
@@ -390,7 +406,8 @@ impl Taking {
                     stream.writer.finish();
                     return Err(error);
                 }
-                DestinationEvent::Offer { epoch }
+                let reason = format!("the program runs on at the source, which offers it anew (epoch {epoch})");
+                return Ok(Heard { event: DestinationEvent::Offer { epoch }, reason });
             }
             Ok((Some(Frame::Commit { epoch, .. }), None)) => DestinationEvent::Commit { epoch },
             Ok((Some(Frame::Released { epoch, .. }), None)) => DestinationEvent::Released { epoch },
@@ -438,16 +455,19 @@ impl Taking {
     async fn pull(&self, regions: &[crate::region::WeakRegion]) -> Result<(), MoveError> {
         let progress = tokio::spawn(report_progress(regions.to_vec(), self.events.clone()));
         let _ends_with_the_pull = AbortOnDrop(progress.abort_handle());
+        let mut outcome = Ok(());
         for region in regions {
             // Held only to start the pull, which itself ends when the region goes.
             let Some(pull) = region.upgrade().map(|region| region.pull_owned()) else { return Err(MoveError::Closed) };
-            pull.await?;
+            // What one region has lost is no reason to leave the others.
+            outcome = outcome.and(pull.await);
         }
-        Ok(())
+        Ok(outcome?)
     }
 
     async fn tell_complete(&mut self, stream: Stream) {
         let mut stream = Some(stream);
+        let mut asked = Instant::now();
         let mut event = DestinationEvent::AllHere;
         loop {
             let action = self.handover.on(event);
@@ -464,16 +484,11 @@ impl Taking {
                     }
                 }
                 (DestinationAction::AskAgain, _) => {
+                    tokio::time::sleep_until((asked + ASK_AGAIN).into()).await;
+                    asked = Instant::now();
                     match self.ask().await {
-                        Ok(again) => stream = Some(again),
-                        Err(_) => {
-                            tokio::time::sleep(ASK_AGAIN).await;
-                            continue;
-                        }
-                    }
-                    match stream.as_mut() {
-                        Some(open) => self.heard(open).await,
-                        None => DestinationEvent::Lost,
+                        Ok(again) => self.heard(stream.insert(again)).await,
+                        Err(_) => DestinationEvent::Lost,
                     }
                 }
                 (_, Some(open)) => self.heard(open).await,
@@ -487,7 +502,7 @@ impl Taking {
     }
 }
 
-/// How long to wait before a source that cannot be reached is dialled again.
+/// A source is asked again no sooner than this after it was asked before.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 /// How often progress is told.
 const PROGRESS: Duration = Duration::from_millis(100);

@@ -32,6 +32,18 @@ pub(crate) enum SourceState {
     Released(Turn),
 }
 
+impl SourceState {
+    /// The attempt that it is about.
+    pub(crate) fn turn(self) -> Option<Turn> {
+        match self {
+            SourceState::Running => None,
+            SourceState::Offered(turn) | SourceState::Paused(turn) | SourceState::Committed(turn) | SourceState::Released(turn) => {
+                Some(turn)
+            }
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum SourceEvent {
     /// TAKE.
@@ -64,6 +76,8 @@ pub(crate) enum SourceAction {
     ResumeAndRefuse,
     /// The regions may be freed; send RELEASED.
     Release(Turn),
+    /// Send RELEASED again. The regions are no longer this migration's: their memory may have found another use.
+    ReleasedAgain(Turn),
     /// Send ABORT: another attempt has the program, or is about to.
     Refuse,
 }
@@ -87,7 +101,7 @@ impl SourceHandover {
 
     pub(crate) fn on(&mut self, event: SourceEvent) -> SourceAction {
         use SourceAction::{
-            CommitAgain, Ignore, PauseAndPrepare, Refuse, Release, Resume, ResumeAndRefuse, SendOffer, StopAndCommit,
+            CommitAgain, Ignore, PauseAndPrepare, Refuse, Release, ReleasedAgain, Resume, ResumeAndRefuse, SendOffer, StopAndCommit,
         };
         use SourceState::{Committed, Offered, Paused, Released, Running};
         let (state, action) = match (self.state, event) {
@@ -113,7 +127,8 @@ impl SourceHandover {
             (Paused(turn), SourceEvent::Ready(of)) if turn == of => (Committed(turn), StopAndCommit(turn)),
             (Committed(turn) | Released(turn), SourceEvent::Ready(of)) if turn == of => (self.state, CommitAgain(turn)),
 
-            (Committed(turn) | Released(turn), SourceEvent::Complete(of)) if turn == of => (Released(turn), Release(turn)),
+            (Committed(turn), SourceEvent::Complete(of)) if turn == of => (Released(turn), Release(turn)),
+            (Released(turn), SourceEvent::Complete(of)) if turn == of => (self.state, ReleasedAgain(turn)),
             (_, SourceEvent::Mapped(_) | SourceEvent::Ready(_) | SourceEvent::Complete(_)) => (self.state, Refuse),
 
             (Offered(turn), SourceEvent::Failed(of)) if turn == of => (Running, Ignore),

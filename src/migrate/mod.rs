@@ -1,8 +1,9 @@
 //! Moves a running program between hosts.
 //!
 //! Role: the job above regions and peers: who owns the program, when it pauses, when its pages move. Neighbours: `handover` decides, `source` and `destination`
-//! carry it out, `gate` pauses the program; a future tracker and strategies join beside them. Invariants: S6: at most one owner, ever.
+//! carry it out (each try at the source is an `attempt`), `gate` pauses the program; a future tracker and strategies join beside them. Invariants: S6: at most one owner, ever.
 
+mod attempt;
 mod destination;
 mod gate;
 mod handover;

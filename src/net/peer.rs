@@ -11,7 +11,7 @@ use super::{
     stream::{FrameReader, FrameWriter, StreamError},
     tls::{self, Trust},
     transport::{PrivateRuntime, TransportOptions},
-    wire::{Access, Agent, Class, Frame, Name, PROTOCOL_VERSION},
+    wire::{Access, Agent, Class, ErrorCode, Frame, Name, PROTOCOL_VERSION},
 };
 use crate::{Hops, NetError, PageSize, Service, StoreError};
 use std::{
@@ -48,6 +48,8 @@ pub(super) struct Inner {
     link: Mutex<Option<Arc<Link>>>,
     /// Held while dialling, so that many waiters dial once; when an attempt failed last, and how.
     dialling: tokio::sync::Mutex<Option<(Instant, NetError)>>,
+    /// See [`Peer::bind_session`].
+    session: Mutex<Option<(u128, u64)>>,
 }
 
 impl Drop for Inner {
@@ -142,6 +144,7 @@ impl PeerBuilder<'_> {
                 endpoint,
                 link: Mutex::new(None),
                 dialling: tokio::sync::Mutex::default(),
+                session: Mutex::default(),
             }),
         };
         peer.on_service(|inner| async move { inner.link().await.map(|_| ()) }).await?;
@@ -218,6 +221,12 @@ impl Peer {
             Ok((writer, FrameReader::new(receive)))
         })
         .await
+    }
+
+    /// From now on a server is used only if it is the source that committed this session: one that was started anew at the same address, with the same
+    /// key and the same names, has other memory behind them (S1).
+    pub(crate) fn bind_session(&self, session: u128, epoch: u64) {
+        *lock(&self.inner.session) = Some((session, epoch));
     }
 
     /// Runs on the service, whoever asks: connections and their tasks must not belong to a runtime whose threads may fault. A task of its own, so
@@ -306,6 +315,10 @@ impl Inner {
             }
             other => return Err(ended(format!("WELCOME was expected, got {:?}", other.map(|frame| frame.kind().name())))),
         }
+        let session = *lock(&self.session);
+        if let Some((session, epoch)) = session {
+            self.confirm(&connection, session, epoch).await?;
+        }
         Ok(Link {
             connection,
             control: tokio::sync::Mutex::new((writer, reader)),
@@ -313,6 +326,23 @@ impl Inner {
             opening: tokio::sync::Mutex::default(),
             regions: Mutex::default(),
         })
+    }
+
+    /// Asks for a session that was committed: its source answers COMMIT for as long as it lives.
+    async fn confirm(&self, connection: &quinn::Connection, session: u128, epoch: u64) -> Result<(), NetError> {
+        let (send, receive) = connection.open_bi().await.map_err(|error| self.lost(&error))?;
+        let (mut writer, mut reader) = (FrameWriter::new(send), FrameReader::new(receive));
+        writer.prioritise(CONTROL_PRIORITY);
+        let ended = |error: StreamError| self.no_connection(error.to_string());
+        writer.send(&Frame::Take { session }).await.map_err(ended)?;
+        match reader.next().await.map_err(ended)? {
+            Some(Frame::Commit { session: of, epoch: at }) if (of, at) == (session, epoch) => Ok(()),
+            None => Err(self.no_connection("the source did not say whether it knows the migration")),
+            Some(_) => Err(NetError::Refused {
+                code: ErrorCode::NoSession.into(),
+                message: "this source does not know the migration: it was started anew, and its memory is not the program's".into(),
+            }),
+        }
     }
 }
 

@@ -88,9 +88,11 @@ impl World {
                 }
             }
             SourceAction::Release(turn) => {
+                assert!(!self.freed, "freed twice: the memory may be in use again");
                 self.freed = true;
                 self.send((d, false, Message::Released, turn.epoch, 0));
             }
+            SourceAction::ReleasedAgain(turn) => self.send((d, false, Message::Released, turn.epoch, 0)),
             SourceAction::Refuse => self.send((d, false, Message::Abort, 0, 0)),
         }
     }
@@ -278,6 +280,7 @@ fn after_the_commit_only_its_session_is_answered_and_no_failure_undoes_it() {
     assert_eq!(source.on(SourceEvent::Take(2)), SourceAction::Refuse);
     assert_eq!(source.on(SourceEvent::Complete(second)), SourceAction::Refuse);
     assert_eq!(source.on(SourceEvent::Complete(first)), SourceAction::Release(first));
+    assert_eq!(source.on(SourceEvent::Complete(first)), SourceAction::ReleasedAgain(first));
 }
 
 #[test]

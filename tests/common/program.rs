@@ -1,0 +1,313 @@
+//! What the tests of migrations share: a program that counts its operations and notices a lost, repeated or foreign one; its ends; and this
+//! test binary once more as another process, to be killed.
+
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+use crate::net::{HANG, soon};
+use pageferry::{
+    Destination, DestinationBuilder, Gate, Identity, LossPolicy, MemoryStore, MoveEvent, OnLoss, PageSize, Pass, Region, Source,
+    SourceBuilder, TransportOptions, Trust, testing::Gated,
+};
+use std::{
+    io::{BufRead, BufReader},
+    net::SocketAddr,
+    process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{
+            AtomicBool, AtomicU64,
+            Ordering::{Relaxed, SeqCst},
+        },
+        mpsc,
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+use tokio::sync::broadcast;
+
+/// Waits until `holds`, for what nobody tells of.
+pub async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < HANG, "not within {HANG:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// A lost end is noticed within three seconds: soon, and yet later than a busy machine may leave a thread waiting.
+pub fn short_idle() -> TransportOptions {
+    TransportOptions { idle_timeout: Duration::from_secs(3), keep_alive: Duration::from_millis(500), ..TransportOptions::default() }
+}
+
+/// Pages that are lost for good after a second.
+pub fn poison_soon() -> LossPolicy {
+    LossPolicy { keep_trying: Duration::from_secs(1), then: OnLoss::Poison }
+}
+
+/// The keys of the two ends.
+pub struct Keys {
+    pub here: Identity,
+    pub there: Identity,
+}
+
+impl Keys {
+    pub fn new() -> Keys {
+        Keys { here: Identity::generate().unwrap(), there: Identity::generate().unwrap() }
+    }
+
+    /// A source of these regions, whose program passes `gate`.
+    pub fn source(&self, regions: &[Region], gate: &Gate) -> SourceBuilder<'_> {
+        Source::builder(&self.here).grant(self.there.peer_id(), regions).gate(gate).transport(short_idle())
+    }
+
+    pub fn destination(&self, address: SocketAddr) -> DestinationBuilder<'_> {
+        let trust = Trust::ids([self.here.peer_id()]);
+        let limit = Duration::from_secs(5);
+        Destination::builder(address, trust, &self.there).transport(short_idle()).loss(poison_soon()).decision_limit(limit)
+    }
+}
+
+/// Threads of a program; they share the regions, and each has its own words in every page.
+pub const THREADS: usize = 3;
+const PAGE_WORDS: usize = 512;
+/// The last word of a page says which page it is, so that a page of zeros, or another page, is never taken for it.
+const STAMP_WORD: usize = PAGE_WORDS - 1;
+
+fn stamp(page: usize) -> u64 {
+    0xFE44_7000_0000_0000 | page as u64
+}
+
+/// Stamped regions.
+pub fn world(names: &[&str], pages: usize) -> Vec<Region> {
+    let regions = names.iter().map(|name| Region::builder().name(*name).size((pages * 4096) as u64).open().unwrap());
+    regions.inspect(stamp_all).collect()
+}
+
+pub fn stamp_all(region: &Region) {
+    let words = region.atomics_u64(0, region.len() / 8).unwrap();
+    words.chunks(PAGE_WORDS).enumerate().for_each(|(page, words)| words[STAMP_WORD].store(stamp(page), Relaxed));
+}
+
+/// A stamped region whose pages come from a store behind a gate, closed at first: what is read of it waits there until the test says so.
+pub fn gated(name: &str, pages: usize) -> (Region, Gated<MemoryStore>) {
+    let store = Gated::new(MemoryStore::from_bytes(stamped_bytes(pages), PageSize::KIB_4));
+    (Region::builder().name(name).store(store.clone()).open().unwrap(), store)
+}
+
+/// What a stamped region of so many pages holds.
+pub fn stamped_bytes(pages: usize) -> Vec<u8> {
+    (0..pages).flat_map(|page| [vec![0; STAMP_WORD * 8], stamp(page).to_le_bytes().to_vec()].concat()).collect()
+}
+
+/// How many operations each thread has done, at whichever end. Outside the regions: what a region says is compared with it.
+#[derive(Default)]
+pub struct Ledger {
+    done: [AtomicU64; THREADS],
+}
+
+impl Ledger {
+    pub fn new() -> Arc<Ledger> {
+        Arc::default()
+    }
+
+    pub fn done(&self) -> [u64; THREADS] {
+        std::array::from_fn(|thread| self.done[thread].load(SeqCst))
+    }
+
+    /// Waits until every thread has done more: the program runs, somewhere.
+    pub async fn advances(&self) {
+        let before = self.done();
+        let all = || self.done().iter().zip(before).all(|(now, before)| *now >= before + 3);
+        until("the program runs", all).await;
+    }
+}
+
+/// Where thread `thread` writes its operation `n` in a region of so many words.
+fn slot(thread: usize, n: u64, words: usize) -> usize {
+    let slots = (words / PAGE_WORDS - 1) * STAMP_WORD;
+    let at = (n.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 24) as usize % (slots / THREADS) * THREADS + thread;
+    PAGE_WORDS + at / STAMP_WORD * PAGE_WORDS + at % STAMP_WORD
+}
+
+/// A running program: each thread numbers its operations, writes the number to a word that it derives from it, and counts in its word of the
+/// first page.
+pub struct Program {
+    pub gate: Gate,
+    quit: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Program {
+    /// Goes on where the ledger stands.
+    pub fn start(regions: &[Region], ledger: &Arc<Ledger>) -> Program {
+        let (gate, quit) = (Gate::new(), Arc::new(AtomicBool::new(false)));
+        let threads = (0..THREADS).map(|thread| {
+            let (place, quit, ledger) = (gate.enter(), quit.clone(), ledger.clone());
+            let region = regions[thread % regions.len()].clone();
+            std::thread::spawn(move || {
+                while place.pass() == Pass::Run && !quit.load(Relaxed) {
+                    operate(&region, thread, &ledger);
+                }
+            })
+        });
+        let threads = threads.collect();
+        Program { gate, quit, threads }
+    }
+
+    /// Joins the threads of a program that was told to stop because it runs elsewhere.
+    pub fn has_left(self) {
+        assert!(self.gate.stopped());
+        self.join();
+    }
+
+    pub fn quit(self) {
+        self.quit.store(true, Relaxed);
+        self.join();
+    }
+
+    fn join(self) {
+        self.threads.into_iter().for_each(|thread| thread.join().unwrap());
+    }
+}
+
+fn operate(region: &Region, thread: usize, ledger: &Ledger) {
+    let words = region.atomics_u64(0, region.len() / 8).unwrap();
+    let n = ledger.done[thread].load(SeqCst);
+    assert_eq!(words[thread].load(Relaxed), n, "thread {thread}: the region lost or repeats operations");
+    words[slot(thread, n + 1, words.len())].store(n + 1, Relaxed);
+    words[thread].store(n + 1, Relaxed);
+    let counted = ledger.done[thread].compare_exchange(n, n + 1, SeqCst, SeqCst);
+    assert_eq!(counted, Ok(n), "thread {thread} runs at two ends");
+    if n.is_multiple_of(8) {
+        // Leaves the processors to the ends.
+        std::thread::sleep(Duration::from_micros(50));
+    }
+}
+
+/// Fails unless the regions hold exactly the operations of the ledger, and every page is the one it should be.
+#[track_caller]
+pub fn check(regions: &[Region], ledger: &Ledger) {
+    for region in regions {
+        let words = region.len() / 8;
+        let mut expected = vec![0u64; words];
+        expected.chunks_mut(PAGE_WORDS).enumerate().for_each(|(page, words)| words[STAMP_WORD] = stamp(page));
+        for (thread, done) in ledger.done().into_iter().enumerate() {
+            if regions[thread % regions.len()].name() == region.name() {
+                expected[thread] = done;
+                (1..=done).for_each(|n| expected[slot(thread, n, words)] = n);
+            }
+        }
+        assert_words(region, &expected);
+    }
+}
+
+/// Fails unless every page of a region that no program wrote is the one it should be.
+#[track_caller]
+pub fn check_stamps(region: &Region) {
+    let mut expected = vec![0u64; region.len() / 8];
+    expected.chunks_mut(PAGE_WORDS).enumerate().for_each(|(page, words)| words[STAMP_WORD] = stamp(page));
+    assert_words(region, &expected);
+}
+
+#[track_caller]
+fn assert_words(region: &Region, expected: &[u64]) {
+    let mut bytes = vec![0; region.len()];
+    region.read_at(0, &mut bytes).unwrap();
+    assert_bytes(region.name(), &bytes, expected);
+}
+
+/// Fails unless `bytes` are these words.
+#[track_caller]
+pub fn assert_bytes(name: &str, bytes: &[u8], expected: &[u64]) {
+    for (at, (got, expected)) in bytes.chunks(8).zip(expected).enumerate() {
+        let got = u64::from_le_bytes(got.try_into().unwrap());
+        assert_eq!(got, *expected, "{name}: page {}, word {}", at / PAGE_WORDS, at % PAGE_WORDS);
+    }
+}
+
+/// Waits for an event, and returns those before it.
+pub async fn wait_for(events: &mut broadcast::Receiver<MoveEvent>, what: &str, is: impl Fn(&MoveEvent) -> bool) -> Vec<MoveEvent> {
+    let mut seen = Vec::new();
+    loop {
+        let event = soon(what, events.recv()).await.unwrap();
+        let found = is(&event);
+        seen.push(event);
+        if found {
+            return seen;
+        }
+    }
+}
+
+pub fn is_aborted(event: &MoveEvent) -> bool {
+    matches!(event, MoveEvent::Aborted { .. })
+}
+
+/// This test binary once more, as a process of its own; killed (SIGKILL) when dropped.
+pub struct Child {
+    process: std::process::Child,
+    lines: mpsc::Receiver<String>,
+}
+
+impl Child {
+    /// Runs the test called `role` there, with the variables given; it finds them by [`told`].
+    pub fn play(role: &str, variables: &[(&str, &str)]) -> Child {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args([role, "--exact", "--nocapture", "--test-threads=1"]).env("PAGEFERRY_ROLE", role);
+        command.envs(variables.iter().map(|(name, value)| (format!("PAGEFERRY_{name}"), value)));
+        // Its end tells a child that outlives this process to end too.
+        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (line, lines) = mpsc::channel();
+        let output = BufReader::new(process.stdout.take().unwrap());
+        std::thread::spawn(move || {
+            for said in output.lines().map_while(Result::ok) {
+                if let Some(said) = said.strip_prefix("@ ") {
+                    let _ = line.send(said.to_owned());
+                }
+            }
+        });
+        Child { process, lines }
+    }
+
+    /// The next thing that the child [says](say).
+    #[track_caller]
+    pub fn says(&self) -> String {
+        self.lines.recv_timeout(HANG).expect("the child says nothing more")
+    }
+
+    /// SIGSTOP: it still has its port, and does nothing.
+    pub fn stop(&self) {
+        assert!(Command::new("kill").args(["-STOP", &self.process.id().to_string()]).status().unwrap().success());
+    }
+
+    /// SIGKILL, and waits for its end.
+    pub fn kill(mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// In a child: a variable it was given; `None` where the test is not played as a child's role.
+pub fn told(role: &str, name: &str) -> Option<String> {
+    (std::env::var("PAGEFERRY_ROLE").ok()? == role).then(|| std::env::var(format!("PAGEFERRY_{name}")).unwrap())
+}
+
+/// In a child: tells the parent.
+pub fn say(what: &str) {
+    // On a line of its own: the test harness leaves the name of the test before it.
+    println!("\n@ {what}");
+}
+
+/// In a child: ends the process with its parent's.
+pub fn live_with_parent() {
+    std::thread::spawn(|| {
+        let _ = std::io::stdin().lines().count();
+        std::process::exit(1);
+    });
+}

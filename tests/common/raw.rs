@@ -1,0 +1,176 @@
+//! The two ends of a handover by hand: a test can stop at any step, ask again, or say what pageferry's own ends never would.
+
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+use crate::net::{Asked, DATA, Got, HELLO, Liar, RawClient, TAKE, frame, lane, read, soon};
+use pageferry::Identity;
+use std::net::SocketAddr;
+use tokio::sync::mpsc;
+
+pub const OFFER: u8 = 0x31;
+pub const STATE: u8 = 0x32;
+pub const READY: u8 = 0x33;
+pub const COMMIT: u8 = 0x34;
+pub const RESUMED: u8 = 0x35;
+pub const COMPLETE: u8 = 0x36;
+pub const RELEASED: u8 = 0x37;
+pub const ABORT: u8 = 0x38;
+pub const MAPPED: u8 = 0x39;
+pub const PREPARE: u8 = 0x3a;
+
+/// Codes of an ABORT.
+pub const ABORTED: u16 = 9;
+pub const NOT_OWNER: u16 = 10;
+
+/// One end of a handover's stream.
+pub struct Handover {
+    send: quinn::SendStream,
+    receive: quinn::RecvStream,
+    pub session: u128,
+    /// Of the last frame that had one.
+    pub epoch: u64,
+}
+
+impl Handover {
+    pub async fn say_with(&mut self, kind: u8, rest: &[u8]) {
+        let turn = [&self.session.to_le_bytes()[..], &self.epoch.to_le_bytes()].concat();
+        // The other end may be gone: the test looks at what comes of it.
+        let _ = self.send.write_all(&frame(kind, 0, &[&turn, rest].concat())).await;
+    }
+
+    /// Sends a frame of session and epoch.
+    pub async fn say(&mut self, kind: u8) {
+        self.say_with(kind, &[]).await;
+    }
+
+    pub async fn hear(&mut self) -> Option<(u8, Vec<u8>)> {
+        let Got { kind, payload, .. } = soon("a frame of the handover", Got::read(&mut self.receive)).await?;
+        if kind != STATE && kind != TAKE {
+            self.epoch = u64::from_le_bytes(payload[16..24].try_into().unwrap());
+        }
+        Some((kind, payload))
+    }
+
+    pub async fn expect(&mut self, kind: u8) -> Vec<u8> {
+        let (got, payload) = self.hear().await.unwrap_or_else(|| panic!("the stream ended instead of frame {kind:#x}"));
+        assert_eq!(got, kind, "{got:#x} came instead of {kind:#x}: {:?}", String::from_utf8_lossy(&payload));
+        payload
+    }
+
+    /// The code and the text of the ABORT that comes next.
+    pub async fn aborted(&mut self) -> (u16, String) {
+        let payload = self.expect(ABORT).await;
+        (u16::from_le_bytes([payload[24], payload[25]]), String::from_utf8(payload[28..].to_vec()).unwrap())
+    }
+
+    /// Reads PREPARE and its state.
+    pub async fn prepared(&mut self) -> Vec<u8> {
+        let prepare = self.expect(PREPARE).await;
+        let len = u64::from_le_bytes(prepare[24..32].try_into().unwrap()) as usize;
+        let mut state = Vec::new();
+        while state.len() < len {
+            state.extend(self.expect(STATE).await);
+        }
+        state
+    }
+
+    /// As a destination, from TAKE to the step named; the last frame of the step was sent or read.
+    pub async fn up_to(&mut self, last: u8) {
+        for step in [OFFER, MAPPED, PREPARE, READY, COMMIT, RESUMED, COMPLETE, RELEASED] {
+            match step {
+                PREPARE => drop(self.prepared().await),
+                OFFER | COMMIT | RELEASED => drop(self.expect(step).await),
+                _ => self.say(step).await,
+            }
+            if step == last {
+                return;
+            }
+        }
+    }
+
+    pub async fn offer(&mut self, epoch: u64, name: &str, size_bytes: u64, address: u64) {
+        self.epoch = epoch;
+        let region = [&[name.len() as u8], name.as_bytes(), &[12], &size_bytes.to_le_bytes(), &address.to_le_bytes()].concat();
+        self.say_with(OFFER, &[&0u64.to_le_bytes()[..], &1u16.to_le_bytes(), &region].concat()).await;
+    }
+
+    pub async fn prepare(&mut self) {
+        self.say_with(PREPARE, &0u64.to_le_bytes()).await;
+    }
+
+    pub async fn abort(&mut self, reason: &str) {
+        let length = (reason.len() as u16).to_le_bytes();
+        self.say_with(ABORT, &[&ABORTED.to_le_bytes()[..], &length, reason.as_bytes()].concat()).await;
+    }
+}
+
+/// A destination's connection.
+pub struct RawDestination {
+    pub client: RawClient,
+}
+
+impl RawDestination {
+    pub async fn connect(address: SocketAddr, identity: &Identity) -> RawDestination {
+        RawDestination { client: soon("connecting", RawClient::connect(address, Some(identity))).await.unwrap() }
+    }
+
+    /// A stream on which TAKE was sent.
+    pub async fn take(&self, session: u128) -> Handover {
+        let (send, receive) = self.client.stream(&frame(TAKE, 0, &session.to_le_bytes())).await;
+        Handover { send, receive, session, epoch: 0 }
+    }
+
+    /// The bytes of a region.
+    pub async fn read(&self, name: &str, pages: u32) -> Vec<u8> {
+        let region = self.client.open(name).await;
+        let answers = self.client.say(&[lane(2), read(region, 0, pages)].concat()).await;
+        let mut bytes = Vec::new();
+        for answer in answers {
+            assert_eq!(answer.kind, DATA, "{answer:?}");
+            // Raw, or zeros that travel as nothing: what is demanded is not compressed.
+            let (content, len) = (&answer.payload[16..], answer.extent().count() as usize * 4096);
+            assert!(content.is_empty() || content.len() == len);
+            bytes.extend_from_slice(content);
+            bytes.resize(bytes.len() + len - content.len(), 0);
+        }
+        assert_eq!(bytes.len(), pages as usize * 4096);
+        bytes
+    }
+}
+
+/// A source's port. It opens every region that it is asked for, with the size given; all else is the test's.
+pub struct RawSource {
+    pub address: SocketAddr,
+    liar: Option<Liar>,
+    takes: mpsc::UnboundedReceiver<Handover>,
+}
+
+impl RawSource {
+    pub fn listen(identity: &Identity, pages: u64) -> RawSource {
+        let (taken, takes) = mpsc::unbounded_channel();
+        let liar = Liar::start(identity, move |asked: Asked| {
+            let taken = taken.clone();
+            async move {
+                match asked.first.kind {
+                    HELLO => asked.control(pages).await,
+                    TAKE => {
+                        let session = u128::from_le_bytes(asked.first.payload.try_into().unwrap());
+                        let _ = taken.send(Handover { send: asked.send, receive: asked.receive, session, epoch: 0 });
+                    }
+                    _ => {}
+                }
+            }
+        });
+        RawSource { address: liar.address, liar: Some(liar), takes }
+    }
+
+    /// The next stream on which a session was asked for.
+    pub async fn taken(&mut self) -> Handover {
+        soon("TAKE", self.takes.recv()).await.unwrap()
+    }
+
+    /// Ends all connections, and nobody answers new ones.
+    pub fn close(&mut self) {
+        self.liar = None;
+    }
+}
