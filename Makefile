@@ -30,11 +30,12 @@ check: ## Format, lints, documentation, licences and advisories; runs no test
 	@if why=$$(cargo deny fetch db 2>&1); then set -x; cargo deny check advisories; else \
 	  printf '%s\n' "$$why" "WARNING: known vulnerabilities were NOT checked: the advisory database cannot be fetched." >&2; fi
 
-bench: ## Run every bench, one JSON file each in bench-results/ (BENCH_ARGS=--quick: under a minute each)
+bench: ## Run every bench into bench-results/: JSON, plots, a summary (BENCH_ARGS=--quick: under a minute each)
 	@scripts/setup.sh build
 	@mkdir -p bench-results
 	@set -e; for bench in $(or $(BENCHES),$(error benches/ holds no bench)); do set -x; \
 	  cargo bench --bench $$bench -- $(BENCH_ARGS) --json $(CURDIR)/bench-results/$$bench.json; { set +x; } 2>/dev/null; done
+	cargo bench --bench report -- $(CURDIR)/bench-results
 
 # `--sanitizer none` is what a stable compiler can do, and enough: the targets reach no unsafe code, and overflow checks stay on.
 # New inputs go to the first folder; fuzz/corpus holds the committed seeds only.

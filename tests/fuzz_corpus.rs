@@ -47,8 +47,11 @@ fn no_seed_of_wire_decode_breaks_with_one_byte_changed() {
     }
 }
 
+/// Name, settings and events.
+type Seed = (&'static str, [u8; 3], &'static [[u8; 4]]);
+
 /// The seeds of `pager_ops`: which part, two settings, and its events (`src/pager/model.rs`).
-const PAGER_OPS: &[(&str, [u8; 3], &[[u8; 4]])] = &[
+const PAGER_OPS: &[Seed] = &[
     ("core_neighbours_come_behind", [2, 3, 8], &[[FAULT, 5, 0, 0], [FAULT, 5, 0, 0], [REPLY, 0, 0, 0], [FAULT, 5, 0, 0]]),
     ("core_faults_beyond_the_bound", [2, 0, 0], &[[FAULT, 1, 0, 0], [FAULT, 2, 0, 0], [FAULT, 3, 0, 0], [REPLY, 0, 0, 0]]),
     ("core_discard_in_flight", [2, 0, 8], &[[FAULT, 3, 0, 0], [DISCARD, 3, 1, 0], [REPLY, 0, 0, 0], [FAULT, 3, 0, 0]]),

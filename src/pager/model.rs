@@ -101,7 +101,8 @@ pub(crate) fn try_residency(within: [u8; 2], ops: &[ResidencyOp]) -> Result<Seen
     }
     let within = extent(RESIDENCY_PAGES, RESIDENCY_PAGES, within[0], within[1]);
     let missing = |page: &Record| !page.resident && !page.discarded && !page.lost;
-    let questions: [(_, Vec<Extent>, &dyn Fn(&Record) -> bool); 6] = [
+    type Holds<'a> = &'a dyn Fn(&Record) -> bool;
+    let questions: [(_, Vec<Extent>, Holds<'_>); 6] = [
         ("missing", ours.missing(within).collect(), &missing),
         ("unasked", ours.unasked(within).collect(), &|page| missing(page) && !page.asked),
         ("asked", ours.asked(within).collect(), &|page| missing(page) && page.asked),
