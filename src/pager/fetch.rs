@@ -66,8 +66,13 @@ impl Engine {
                 if residency.missing(all).next().is_none() {
                     let lost = residency.lost(all).next();
                     let cause = entry.cause.clone().unwrap_or(StoreError::Closed);
-                    let _ = entry.events.send(RegionEvent::Resident);
-                    return Err(lost.map_or(Ok(()), |extent| Err(RegionError::Lost { extent, cause })));
+                    return Err(match lost {
+                        Some(extent) => Err(RegionError::Lost { extent, cause }),
+                        None => {
+                            let _ = entry.events.send(RegionEvent::Resident);
+                            Ok(())
+                        }
+                    });
                 }
                 Ok((residency.unasked(all).collect::<Vec<_>>(), entry.store.clone()))
             });
