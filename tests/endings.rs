@@ -229,11 +229,15 @@ fn inherit(region: &Region) {
     unsafe { nix::sys::mman::madvise(start, region.len(), nix::sys::mman::MmapAdvise::MADV_DOFORK) }.unwrap();
 }
 
-/// What a child of fork(2) finds in the first byte of a page: the byte, or the signal that the touch raised.
+/// What a forked child finds in the first byte of a page: the byte, or the signal that the touch raised.
+///
+/// The system call and not the C library's fork(3): that one holds the allocator's locks until the pager has read the kernel's message, and a
+/// pager that allocates at that moment waits for them (docs/safety.md, S2, says so).
 fn seen_by_a_child(region: &Region, page: u64) -> Result<i32, i32> {
     let address = address_of(region, page) as *const u8;
-    // SAFETY: the child only reads a byte and ends: both are safe after a fork of a program with threads.
-    let child = unsafe { libc::fork() };
+    // SAFETY: no flag but the signal at the child's end: a copy of the process, whose one thread only reads a byte and ends.
+    let child = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
+    let child = libc::pid_t::try_from(child).unwrap();
     if child == 0 {
         // SAFETY: inherited, so mapped; a signal is one of the answers.
         unsafe { libc::_exit(address.read_volatile().into()) };
