@@ -10,9 +10,12 @@ any_exists() {
     return 1
 }
 
+# Not libclang-cpp, which other packages bring along and bindgen cannot use.
 has_libclang() {
     [ -n "${LIBCLANG_PATH:-}" ] ||
-        any_exists /usr/lib/llvm-*/lib/libclang*.so* /usr/lib/*-linux-gnu/libclang-*.so* /usr/lib64/libclang.so* /usr/local/lib/libclang.so*
+        any_exists /usr/lib/llvm-*/lib/libclang.so* /usr/lib/llvm-*/lib/libclang-[0-9]*.so* \
+            /usr/lib/*-linux-gnu/libclang.so* /usr/lib/*-linux-gnu/libclang-[0-9]*.so* \
+            /usr/lib64/libclang.so* /usr/local/lib/libclang.so*
 }
 
 missing_packages() {
