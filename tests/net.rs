@@ -73,9 +73,31 @@ async fn many_reads_at_once_each_get_their_own_pages() {
     }
 }
 
+/// Polls a future a random number of times, fewer than 6.
+async fn poll_some<F: Future>(random: &mut Random, mut future: std::pin::Pin<&mut F>) {
+    let mut polls = random.below(6);
+    std::future::poll_fn(|context| {
+        polls = polls.saturating_sub(1);
+        let done = future.as_mut().poll(context).is_ready();
+        if done || polls == 0 { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+    })
+    .await;
+}
+
 /// A read is dropped after a random number of polls; those that follow on the same lanes must not get its answer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn reads_after_cancelled_reads_get_their_own_pages() {
+    after_abandoned_reads(true).await;
+}
+
+/// A read that is not polled any more, and not dropped either, must hold nothing that others wait for: it once held the right to open a stream, and every later
+/// read of the process waited for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_read_that_nobody_polls_any_more_holds_up_no_other() {
+    after_abandoned_reads(false).await;
+}
+
+async fn after_abandoned_reads(dropped: bool) {
     let keys = Keys::new();
     let server = serve(&keys, TransportOptions::default());
     let store = Arc::new(keys.connect(server.local_addr()).await.open("world").await.unwrap());
@@ -84,17 +106,16 @@ async fn reads_after_cancelled_reads_get_their_own_pages() {
         tokio::spawn(async move {
             let mut random = Random(seed);
             for _ in 0..60 {
-                let dropped = random.extent(store.extent(), 300);
-                let mut polls = random.below(6);
-                let mut read = std::pin::pin!(store.read(dropped));
-                std::future::poll_fn(|context| {
-                    polls = polls.saturating_sub(1);
-                    let done = read.as_mut().poll(context).is_ready();
-                    if done || polls == 0 { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
-                })
-                .await;
+                let mut abandoned = Some(Box::pin(store.read(random.extent(store.extent(), 300))));
+                if let Some(read) = &mut abandoned {
+                    poll_some(&mut random, read.as_mut()).await;
+                }
+                if dropped {
+                    abandoned = None;
+                }
                 let extent = random.extent(store.extent(), 40);
                 assert_world(extent, &store.read(extent).await.unwrap());
+                drop(abandoned);
             }
         })
     });

@@ -1,11 +1,11 @@
 //! A stream that carries one client's requests one behind the other.
 //!
 //! Role: hops *request* and *reply* on the wire's client side. Neighbours: `peer` picks a lane for each request; `server` answers at the other
-//! end. Invariants: answers come in the order of requests; a request that was not written whole ends the lane, and nothing is written behind it;
-//! every request is answered, with an error if nothing comes for the answer time-out, never left waiting (S3).
+//! end. Invariants: answers come in the order of requests; every request is answered, with an error if nothing comes for the answer time-out, never left waiting
+//! (S3); two tasks of the lane's own read and write, so a caller that is cancelled, or that stops polling and stays, leaves no half frame and holds no lock.
 //!
 //! Why lanes and not a stream a request: opening and closing a stream costs frames and a task at the server for each fault. Several lanes keep one slow answer or
-//! one lost datagram from holding up the others.
+//! one lost datagram from holding up the others. Requests that are made together share a lane: one frame of QUIC, one datagram and one turn of each task instead of one each.
 
 use super::{
     codec::decode_run,
@@ -21,16 +21,22 @@ use std::{
     },
     time::{Duration, Instant},
 };
-use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
 /// See the module header.
 pub(super) struct Lane {
-    writer: Mutex<FrameWriter>,
-    waiting: mpsc::UnboundedSender<Waiting>,
-    /// Requests on it that are not answered.
+    requests: mpsc::UnboundedSender<Request>,
+    state: Arc<State>,
+}
+
+/// What a lane's tasks tell whoever picks one.
+#[derive(Default)]
+struct State {
+    /// Requests that are not answered, those that were cancelled included: their answers come all the same.
     load: AtomicUsize,
+    /// Requests that wait to be written.
+    unwritten: AtomicUsize,
     ended: AtomicBool,
-    setting: Setting,
 }
 
 /// What a lane has in common with the others of its peer.
@@ -55,7 +61,13 @@ impl Setting {
     }
 }
 
-/// A request that was written and waits for its answer.
+/// A request on its way to the stream.
+struct Request {
+    frame: Frame,
+    waiting: Waiting,
+}
+
+/// A request that waits for its answer.
 struct Waiting {
     /// Pages to come; none for a write or flush, which is answered by DONE.
     extent: Option<Extent>,
@@ -64,85 +76,107 @@ struct Waiting {
     may_take_long: bool,
     asked_at: Instant,
     written_at: Instant,
+    /// Dropped unanswered: the request was not written.
     answer: oneshot::Sender<Result<Vec<Run>, StoreError>>,
+    _counted: Counted,
+}
+
+struct Counted(Arc<State>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.load.fetch_sub(1, Relaxed);
+    }
 }
 
 impl Lane {
-    /// Opens a lane on a connection and starts its reader on the service.
-    pub(super) async fn open(connection: &quinn::Connection, class: Class, setting: Setting) -> Result<Arc<Lane>, StoreError> {
-        let (send, receive) = connection.open_bi().await.map_err(|error| setting.away(error.to_string()))?;
-        let mut writer = FrameWriter::new(send);
-        writer.prioritise(priority(class));
-        writer.send(&Frame::Lane { class }).await.map_err(|error| setting.away(error.to_string()))?;
-        let (waiting, to_read) = mpsc::unbounded_channel();
-        let (load, ended) = (AtomicUsize::new(0), AtomicBool::new(false));
-        let lane = Arc::new(Lane { writer: Mutex::new(writer), waiting, load, ended, setting: setting.clone() });
-        let reader = FrameReader::new(receive);
-        setting.service.clone().spawn(read_answers(Arc::downgrade(&lane), reader, to_read, setting));
-        Ok(lane)
+    /// Opens a lane on a connection, on the service; requests may be made at once.
+    pub(super) fn open(connection: &quinn::Connection, class: Class, setting: Setting) -> Lane {
+        let (requests, to_write) = mpsc::unbounded_channel();
+        let state = Arc::<State>::default();
+        setting.service.clone().spawn(carry(connection.clone(), class, to_write, state.clone(), setting));
+        Lane { requests, state }
     }
 
     pub(super) fn load(&self) -> usize {
-        self.load.load(Relaxed)
+        self.state.load.load(Relaxed)
+    }
+
+    pub(super) fn unwritten(&self) -> usize {
+        self.state.unwritten.load(Relaxed)
     }
 
     pub(super) fn ended(&self) -> bool {
-        self.ended.load(Relaxed)
+        self.state.ended.load(Relaxed)
     }
 
-    /// Sends a request and waits for its answer; `None` if the lane ended before anything of it was written, so that another may take it.
-    ///
-    /// Dropping the future before the request is written whole ends the lane; after that the answer is read and dropped.
-    pub(super) async fn ask(
+    /// Sends a request. The future returned waits for its answer and needs the lane no more; it gives `None` if nothing of the request was written, so that another
+    /// lane may take it. Dropping it leaves the answer to be read and thrown away.
+    pub(super) fn ask(
         &self,
-        request: &Frame,
+        frame: Frame,
         extent: Option<Extent>,
         page: PageSize,
-    ) -> Option<Result<Vec<Run>, StoreError>> {
-        let asked_at = Instant::now();
+    ) -> impl Future<Output = Option<Result<Vec<Run>, StoreError>>> + use<> {
         let (answer, answered) = oneshot::channel();
-        self.load.fetch_add(1, Relaxed);
-        let _counted = Counted(&self.load);
-        {
-            let mut writer = self.writer.lock().await;
-            // Whoever had the lane before may have left half a frame behind.
-            if self.ended() {
-                return None;
-            }
-            let mut whole = Whole { lane: self, written: false };
-            let sent = self.setting.within("sending a request", writer.send(request)).await;
-            if let Err(error) = sent.and_then(|sent| sent.map_err(|error| self.setting.away(error.to_string()))) {
-                return Some(Err(error));
-            }
-            whole.written = true;
-            let may_take_long = matches!(request, Frame::Flush { .. });
-            let waiting = Waiting { extent, page, may_take_long, asked_at, written_at: Instant::now(), answer };
-            // The reader has gone: dropping the sender answers below.
-            let _ = self.waiting.send(waiting);
-        }
-        Some(answered.await.unwrap_or_else(|_| Err(self.setting.away("the connection was lost"))))
+        let now = Instant::now();
+        self.state.load.fetch_add(1, Relaxed);
+        self.state.unwritten.fetch_add(1, Relaxed);
+        let may_take_long = matches!(frame, Frame::Flush { .. });
+        let counted = Counted(self.state.clone());
+        let waiting = Waiting { extent, page, may_take_long, asked_at: now, written_at: now, answer, _counted: counted };
+        // A lane that has ended drops it, and so says that it was not written.
+        let _ = self.requests.send(Request { frame, waiting });
+        async { answered.await.ok() }
     }
 }
 
-struct Counted<'a>(&'a AtomicUsize);
-
-impl Drop for Counted<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Relaxed);
+/// Writes requests until the lane is dropped or its stream ends.
+async fn carry(
+    connection: quinn::Connection,
+    class: Class,
+    mut to_write: mpsc::UnboundedReceiver<Request>,
+    state: Arc<State>,
+    setting: Setting,
+) {
+    let _ended = Ended(state.clone());
+    let limit = setting.answer_timeout;
+    let (send, receive) = match tokio::time::timeout(limit, connection.open_bi()).await {
+        Ok(Ok(stream)) => stream,
+        // What waits here is asked for anew, and learns from the connection what became of it.
+        Ok(Err(_)) => return,
+        // Streams that the peer never answered have used up what it allows: only a new connection has more.
+        Err(_) => return connection.close(0u32.into(), b"no stream"),
+    };
+    let mut writer = FrameWriter::new(send);
+    writer.prioritise(priority(class));
+    let (written, to_read) = mpsc::unbounded_channel();
+    tokio::spawn(read_answers(state.clone(), FrameReader::new(receive), to_read, setting.clone()));
+    writer.queue(&Frame::Lane { class });
+    while let Some(first) = to_write.recv().await {
+        let mut next = Some(first);
+        while let Some(Request { frame, mut waiting }) = next {
+            state.unwritten.fetch_sub(1, Relaxed);
+            if !waiting.answer.is_closed() {
+                writer.queue(&frame);
+                waiting.written_at = Instant::now();
+                // The reader has gone, or goes when the stream does.
+                let _ = written.send(waiting);
+            }
+            next = to_write.try_recv().ok();
+        }
+        // On failure the reader answers what was handed to it: its end of the stream fails too, or has as little time.
+        if !matches!(tokio::time::timeout(limit, writer.flush()).await, Ok(Ok(()))) {
+            return;
+        }
     }
 }
 
-/// Ends the lane unless the request was written whole: half a frame would garble what follows.
-struct Whole<'a> {
-    lane: &'a Lane,
-    written: bool,
-}
+struct Ended(Arc<State>);
 
-impl Drop for Whole<'_> {
+impl Drop for Ended {
     fn drop(&mut self) {
-        if !self.written {
-            self.lane.ended.store(true, Relaxed);
-        }
+        self.0.ended.store(true, Relaxed);
     }
 }
 
@@ -158,12 +192,8 @@ pub(super) fn priority(class: Class) -> i32 {
 /// Control and handover frames go before all.
 pub(super) const CONTROL_PRIORITY: i32 = 3;
 
-async fn read_answers(
-    lane: std::sync::Weak<Lane>,
-    mut reader: FrameReader,
-    mut to_read: mpsc::UnboundedReceiver<Waiting>,
-    setting: Setting,
-) {
+/// Reads answers until the lane is dropped and all are read, or its stream ends.
+async fn read_answers(state: Arc<State>, mut reader: FrameReader, mut to_read: mpsc::UnboundedReceiver<Waiting>, setting: Setting) {
     while let Some(waiting) = to_read.recv().await {
         let mut serve = Duration::ZERO;
         let mut first_byte = None;
@@ -186,10 +216,8 @@ async fn read_answers(
                 (Err(setting.away(reason.clone())), Some(reason))
             }
         };
-        if over.is_some()
-            && let Some(lane) = lane.upgrade()
-        {
-            lane.ended.store(true, Relaxed);
+        if over.is_some() {
+            state.ended.store(true, Relaxed);
         }
         // Nobody waits any more: the request was cancelled.
         let _ = waiting.answer.send(answer);

@@ -13,7 +13,7 @@ use super::{
     transport::{PrivateRuntime, TransportOptions},
     wire::{Access, Agent, Class, ErrorCode, Frame, Name, PROTOCOL_VERSION},
 };
-use crate::{Hops, NetError, PageSize, Service, StoreError};
+use crate::{Extent, Hops, NetError, PageSize, Run, Service, StoreError};
 use std::{
     collections::HashMap,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -62,9 +62,7 @@ impl Drop for Inner {
 pub(super) struct Link {
     pub(super) connection: quinn::Connection,
     control: tokio::sync::Mutex<(FrameWriter, FrameReader)>,
-    lanes: [Mutex<Vec<Arc<Lane>>>; 3],
-    /// Held while a lane is opened, so that there are no more of them than may be.
-    opening: tokio::sync::Mutex<()>,
+    lanes: [Mutex<Vec<Lane>>; 3],
     /// Numbers of regions opened on this connection.
     regions: Mutex<HashMap<String, Opened>>,
 }
@@ -80,6 +78,10 @@ pub(super) struct Opened {
 
 /// How many lanes of each class may be open. Demand: one a thread of the largest machine is pointless; 16 keep 16 slow answers apart.
 const LANES_MAX: [usize; 3] = [4, 8, 16];
+
+/// Small requests that are made together share a lane: as many as their answers fill a large part of a megabyte with, which a server reads at once.
+const TOGETHER_MAX: usize = 16;
+const TOGETHER_MAX_BYTES: u64 = 64 * 1024;
 
 /// Describes a connection, see [`Peer::builder`].
 #[derive(Debug)]
@@ -323,7 +325,6 @@ impl Inner {
             connection,
             control: tokio::sync::Mutex::new((writer, reader)),
             lanes: Default::default(),
-            opening: tokio::sync::Mutex::default(),
             regions: Mutex::default(),
         })
     }
@@ -386,28 +387,29 @@ impl Link {
         Err(answer)
     }
 
-    /// An idle lane, a new one, or the least loaded.
-    pub(super) async fn lane(&self, inner: &Inner, class: Class) -> Result<Arc<Lane>, StoreError> {
-        let slot = &self.lanes[class as usize];
-        let pick = || {
-            let mut lanes = lock(slot);
-            lanes.retain(|lane| !lane.ended());
-            let least = lanes.iter().min_by_key(|lane| lane.load())?;
-            (least.load() == 0 || lanes.len() >= LANES_MAX[class as usize]).then(|| least.clone())
+    /// Makes a request: on the lane that is about to write others if it is a small one, else on an idle lane, a new one, or the least loaded. The future
+    /// is that of [`Lane::ask`].
+    pub(super) fn ask(
+        &self,
+        setting: &Setting,
+        class: Class,
+        frame: Frame,
+        extent: Option<Extent>,
+        page: PageSize,
+    ) -> impl Future<Output = Option<Result<Vec<Run>, StoreError>>> + use<> {
+        let mut lanes = lock(&self.lanes[class as usize]);
+        lanes.retain(|lane| !lane.ended());
+        let small = extent.is_some_and(|extent| extent.bytes(page) <= TOGETHER_MAX_BYTES);
+        let company = lanes.iter().position(|lane| small && (1..TOGETHER_MAX).contains(&lane.unwritten()));
+        let least = || lanes.iter().enumerate().min_by_key(|(_, lane)| lane.load()).map(|(at, lane)| (at, lane.load()));
+        let at = match (company, least()) {
+            (Some(at), _) => at,
+            (None, Some((at, load))) if load == 0 || lanes.len() >= LANES_MAX[class as usize] => at,
+            _ => {
+                lanes.push(Lane::open(&self.connection, class, setting.clone()));
+                lanes.len() - 1
+            }
         };
-        if let Some(lane) = pick() {
-            return Ok(lane);
-        }
-        let _one_at_a_time = self.opening.lock().await;
-        if let Some(lane) = pick() {
-            return Ok(lane);
-        }
-        let opened = inner.setting.within("opening a stream", Lane::open(&self.connection, class, inner.setting.clone())).await;
-        let lane = opened.inspect_err(|_| {
-            // Streams that the peer never answered have used up what it allows: only a new connection has more.
-            self.connection.close(0u32.into(), b"no stream");
-        })??;
-        lock(slot).push(lane.clone());
-        Ok(lane)
+        lanes[at].ask(frame, extent, page)
     }
 }

@@ -28,6 +28,9 @@ pub struct RemoteStore {
 /// How much one READ asks for.
 const READ_MAX_BYTES: u64 = 1 << 20;
 
+/// A lane may end before it writes a request, with its connection or alone; one that never gets to it has no thread to do so any more.
+const TRIES_MAX: usize = 4;
+
 impl RemoteStore {
     pub(super) fn new(peer: Peer, name: Name, opened: Opened) -> RemoteStore {
         RemoteStore { peer, name, page: opened.page, size_bytes: opened.size_bytes }
@@ -92,14 +95,15 @@ impl RemoteStore {
         extent: Option<Extent>,
         request: impl Fn(Opened) -> Result<Frame, StoreError>,
     ) -> Result<Vec<Run>, StoreError> {
-        loop {
+        let setting = &self.peer.inner.setting;
+        for _ in 0..TRIES_MAX {
             let (link, opened) = self.opened().await?;
-            let request = request(opened)?;
-            let lane = link.lane(&self.peer.inner, class).await?;
-            if let Some(answer) = lane.ask(&request, extent, self.page).await {
+            let answer = link.ask(setting, class, request(opened)?, extent, self.page);
+            if let Some(answer) = answer.await {
                 return answer;
             }
         }
+        Err(setting.away("no stream carries requests"))
     }
 }
 

@@ -196,7 +196,17 @@ impl FrameWriter {
 
     /// Sends a frame. Cancelled in the middle, the rest of it goes before the next frame.
     pub(crate) async fn send(&mut self, frame: &Frame) -> Result<(), StreamError> {
+        self.queue(frame);
+        self.flush().await
+    }
+
+    /// Puts a frame behind others that go with the next [`flush`](FrameWriter::flush).
+    pub(crate) fn queue(&mut self, frame: &Frame) {
         frame.encode(&mut self.buffer);
+    }
+
+    /// Sends what was queued.
+    pub(crate) async fn flush(&mut self) -> Result<(), StreamError> {
         while !self.buffer.is_empty() {
             let written = self.stream.write(&self.buffer).await?;
             self.buffer.advance(written);
