@@ -25,7 +25,7 @@ use tokio::{
 /// A sleeping thread takes about 11 us to wake on the machine of docs/benchmarks.md; polling replaces that by a system call of 0.4 us. It is used only
 /// while an answer to a fault is outstanding (client) or right after a fault was answered (server), so the CPU cost is at
 /// most this long a fault. The idea and the size of the default are those of KVM's halt polling (Documentation/virt/kvm/halt-polling.rst).
-pub const DEFAULT_POLL_BUDGET: Duration = Duration::from_micros(100);
+pub const DEFAULT_POLL_BUDGET: Duration = Duration::from_micros(200);
 
 /// One OS thread of the crate with a private single-threaded runtime. Cheap to clone; the thread ends with the last clone.
 ///
@@ -129,10 +129,6 @@ pub(crate) struct Polling {
 impl Polling {
     fn new(budget: Duration) -> Polling {
         Polling { budget, start: Instant::now(), until_ns: AtomicU64::new(0), more: Notify::new() }
-    }
-
-    pub(crate) fn enabled(&self) -> bool {
-        !self.budget.is_zero()
     }
 
     /// An event is expected within the budget: poll for it.

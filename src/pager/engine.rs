@@ -8,9 +8,8 @@
 use super::{
     address_map::{AddressMap, RegionId, Segment},
     core::{Core, Decision, Origin},
-    gather::Gather,
     installer::Installer,
-    place::{Again, Owned, page_len},
+    place::{Again, Owned, Wakes, page_len},
     requests::{Ask, Asks},
     residency::Residency,
     retry::Outage,
@@ -24,7 +23,10 @@ use std::{
     collections::{HashMap, VecDeque},
     io,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::AtomicBool},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicUsize},
+    },
     time::{Duration, Instant},
 };
 use tokio::{
@@ -44,7 +46,10 @@ pub(crate) struct Engine {
     state: Mutex<State>,
     /// Something waits in `State::again`.
     pub(super) settle: Arc<Notify>,
-    pub(super) gather: Arc<Gather>,
+    /// Something waits in `State::wakes`.
+    pub(super) wake: Arc<Notify>,
+    /// Demand requests that are not answered.
+    pub(super) demands: AtomicUsize,
     pub(super) installer: Mutex<Option<Arc<Installer>>>,
     /// Makes the next turn of a loop panic.
     #[cfg(test)]
@@ -55,7 +60,7 @@ impl Drop for Engine {
     fn drop(&mut self) {
         // Lets these tasks see that the engine is gone.
         self.settle.notify_one();
-        self.gather.more.notify_one();
+        self.wake.notify_one();
     }
 }
 
@@ -64,6 +69,7 @@ pub(super) struct State {
     pub(super) regions: HashMap<RegionId, Entry>,
     /// Fills that the kernel put off.
     pub(super) again: VecDeque<Again>,
+    pub(super) wakes: Wakes,
     next_region: u64,
     /// Descriptors of forked children whose missing pages cannot be poisoned on this kernel: closing them would show zeros.
     pub(super) children: Vec<Userfault>,
@@ -134,12 +140,14 @@ impl Engine {
                 map: AddressMap::new(page),
                 regions: HashMap::new(),
                 again: VecDeque::new(),
+                wakes: Wakes::default(),
                 next_region: 1,
                 children: Vec::new(),
                 broken: false,
             }),
             settle: Arc::new(Notify::new()),
-            gather: Arc::default(),
+            wake: Arc::new(Notify::new()),
+            demands: AtomicUsize::new(0),
             installer: Mutex::default(),
             #[cfg(test)]
             panic_next: false.into(),
@@ -150,7 +158,7 @@ impl Engine {
         };
         service.spawn(read_messages(engine.me.clone(), readable, stop));
         service.spawn(settle(engine.me.clone(), engine.settle.clone()));
-        service.spawn(super::gather::run(engine.me.clone(), engine.gather.clone()));
+        service.spawn(wake(engine.me.clone(), engine.wake.clone()));
         Ok(engine)
     }
 
@@ -245,7 +253,7 @@ impl Engine {
             }
             read
         };
-        self.request_or_gather(asks);
+        asks.into_iter().for_each(|ask| self.request(ask));
         read
     }
 
@@ -341,6 +349,8 @@ impl Engine {
         let mut guard = self.lock();
         let state = &mut *guard;
         state.broken = true;
+        state.wakes.later = false;
+        self.wake_due(state);
         let ids: Vec<RegionId> = state.regions.keys().copied().collect();
         for id in ids {
             let Some(entry) = state.regions.get_mut(&id) else { continue };
@@ -382,6 +392,15 @@ async fn read_messages(engine: Weak<Engine>, readable: AsyncFd<std::os::fd::Owne
             }
             None => {}
         }
+    }
+}
+
+/// Wakes threads whose pages came together. Its turn comes after those of the replies that were there when the first of them asked for it.
+async fn wake(engine: Weak<Engine>, due: Arc<Notify>) {
+    loop {
+        due.notified().await;
+        let Some(engine) = engine.upgrade() else { return };
+        let _ = engine.turn(|| engine.wake_due(&mut engine.lock()));
     }
 }
 

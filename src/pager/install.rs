@@ -13,6 +13,8 @@ use nix::errno::Errno;
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Fill<'a> {
     Bytes(&'a [u8]),
+    /// The caller wakes whoever waits for them.
+    BytesAsleep(&'a [u8]),
     Zeros(usize),
     Poison(usize),
 }
@@ -20,14 +22,15 @@ pub(super) enum Fill<'a> {
 impl Fill<'_> {
     fn len(self) -> usize {
         match self {
-            Fill::Bytes(bytes) => bytes.len(),
+            Fill::Bytes(bytes) | Fill::BytesAsleep(bytes) => bytes.len(),
             Fill::Zeros(len) | Fill::Poison(len) => len,
         }
     }
 
     fn call(self, uffd: &Userfault, address: usize, from: usize, to: usize) -> (usize, Option<Stop>) {
         match self {
-            Fill::Bytes(bytes) => uffd.copy(address + from, &bytes[from..to]),
+            Fill::Bytes(bytes) => uffd.copy(address + from, &bytes[from..to], true),
+            Fill::BytesAsleep(bytes) => uffd.copy(address + from, &bytes[from..to], false),
             Fill::Zeros(_) => uffd.zero(address + from, to - from),
             Fill::Poison(_) => uffd.poison(address + from, to - from),
         }

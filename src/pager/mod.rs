@@ -9,7 +9,6 @@ mod around;
 mod core;
 mod engine;
 mod fetch;
-mod gather;
 mod install;
 mod installer;
 pub(crate) mod model;

@@ -17,7 +17,7 @@ use std::{
     future::Future,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Mutex, PoisonError, Weak, atomic::Ordering::Relaxed},
     task::{Context, Waker},
     time::{Duration, Instant},
 };
@@ -88,7 +88,7 @@ impl Engine {
         while let Some(ask) = self.asks.pop() {
             if ask.origin == Origin::Demand {
                 self.service.polling().expect();
-                self.gather.sent();
+                self.demands.fetch_add(1, Relaxed);
             }
             let mut future: Pin<Box<dyn Future<Output = ()> + Send>> =
                 Box::pin(Outstanding { engine: self.me.clone(), ask, over: false }.run());
@@ -134,15 +134,21 @@ impl Engine {
         let next = entry.core.answered(ask.extent);
         entry.answered_by_store();
         let (store, changed) = (entry.store.clone(), entry.changed.clone());
+        // With others on their way, what comes next may be here already.
+        state.wakes.later = ask.origin == Origin::Demand && self.demands.load(Relaxed) > 1;
         for (run, wanted) in installs {
             self.install_parts(state, ask.region, &run, wanted, ask.origin);
+        }
+        state.wakes.later = false;
+        if state.wakes.any_due() {
+            self.wake.notify_one();
         }
         if ask.origin == Origin::Demand
             && let Some(entry) = state.regions.get(&ask.region)
         {
-            // A store that answers at once will see the next fault of the same thread soon: keep polling. Where a peer was asked, the core
-            // is better left to the thread that was woken.
-            if replied_at - asked_at < AT_ONCE {
+            // A store that answers at once will see the next fault of the same thread soon, and others wait for their answers: keep polling. Where
+            // a peer was asked and nobody waits, the core is better left to the thread that was woken.
+            if replied_at - asked_at < AT_ONCE || self.demands.load(Relaxed) > 1 {
                 self.service.polling().expect();
             } else {
                 self.service.polling().relax();
@@ -390,7 +396,7 @@ impl Outstanding {
         if self.ask.origin == Origin::Demand
             && let Some(engine) = self.engine.upgrade()
         {
-            engine.demand_answered();
+            engine.demands.fetch_sub(1, Relaxed);
         }
     }
 }

@@ -1,13 +1,15 @@
 //! The only unsafe code: mappings, userfaultfd and the ioctls that its crate lacks.
 //!
 //! Role: turns system calls into safe functions that return outcomes instead of errnos. Neighbours: used by `pager` (userfault,
-//! install) and `region` (mapping); imports only the words. Invariants that SAFETY comments cite:
+//! install), `region` (mapping) and `net` (watch); imports only the words. Invariants that SAFETY comments cite:
 //! M1 a [`Mapping`] owns its address range from creation to drop: `start..start + len` stays reserved for it;
 //! M2 no `&[u8]` or `&mut [u8]` of a mapping is ever made here: bytes are read and written as relaxed atomics or by the kernel (S8);
 //! U1 a [`Userfault`] is registered only on ranges of a [`Mapping`], and its ioctls only fill missing pages of such ranges.
 
 mod mapping;
 mod userfault;
+mod watch;
 
 pub(crate) use mapping::{MapAt, Mapping, page_size};
 pub(crate) use userfault::{Access, EVENTS_A_READ, Features, Message, OpenError, Stop, Userfault};
+pub(crate) use watch::watch;

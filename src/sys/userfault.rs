@@ -7,6 +7,7 @@
 //! The `userfaultfd` crate does messages and registration; opening falls back further than the crate's, and installs need the
 //! outcome of a partial copy, which the crate turns into an unsigned number; so these ioctls are declared here from linux/userfaultfd.h.
 
+use super::watch;
 use nix::errno::Errno;
 use std::{
     fs::OpenOptions,
@@ -113,6 +114,8 @@ pub(crate) struct Userfault {
 
 const API: u64 = 0xAA;
 const COPY_OR_ZERO_DONE_AT_START: i64 = 0;
+/// The caller wakes the waiters (linux/userfaultfd.h).
+const COPY_MODE_DONTWAKE: u64 = 1;
 
 #[repr(C)]
 struct ApiArgument {
@@ -227,15 +230,15 @@ impl Userfault {
         })
     }
 
-    /// Fills missing pages from `start` with `bytes` (whole pages) and wakes their waiters (UFFDIO_COPY(2const)). Returns how many bytes
-    /// are in place, and why it stopped if that is not all.
-    pub(crate) fn copy(&self, start: usize, bytes: &[u8]) -> (usize, Option<Stop>) {
+    /// Fills missing pages from `start` with `bytes` (whole pages) and wakes their waiters (UFFDIO_COPY(2const)), unless `wake` is false and the caller
+    /// [wakes](Userfault::wake) them. Returns how many bytes are in place, and why it stopped if that is not all.
+    pub(crate) fn copy(&self, start: usize, bytes: &[u8], wake: bool) -> (usize, Option<Stop>) {
         advance(bytes.len(), |done| {
             let mut argument = CopyArgument {
                 dst: (start + done) as u64,
                 src: bytes.as_ptr() as u64 + done as u64,
                 len: (bytes.len() - done) as u64,
-                mode: 0,
+                mode: if wake { 0 } else { COPY_MODE_DONTWAKE },
                 copy: COPY_OR_ZERO_DONE_AT_START,
             };
             // SAFETY: the kernel reads `bytes` inside its bounds and writes only missing pages of ranges registered here (U1).
@@ -279,9 +282,7 @@ impl Userfault {
 
     /// A duplicate that tells when there are messages. Called inside the runtime that shall tell it.
     pub(crate) fn readable(&self) -> io::Result<AsyncFd<OwnedFd>> {
-        let duplicate = self.uffd.as_fd().try_clone_to_owned()?;
-        // SAFETY: an `OwnedFd` gives the same descriptor each time and keeps it open until dropped.
-        unsafe { AsyncFd::register_with_interest(duplicate, Interest::READABLE) }.map_err(|error| error.into_parts().1)
+        watch(self.uffd.as_fd().try_clone_to_owned()?, Interest::READABLE)
     }
 
     fn raw(&self) -> RawFd {
