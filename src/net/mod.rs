@@ -12,6 +12,7 @@ mod pull;
 mod remote;
 mod serve;
 mod server;
+mod socket;
 mod stream;
 mod tls;
 mod transport;

@@ -1,14 +1,10 @@
 //! How QUIC is set up: windows, packet sizes, acknowledgements, time-outs, sockets.
 //!
-//! Role: hop *wire*. Neighbours: `peer` and `server` open their endpoints here. Invariants: a batch of segments handed to the kernel stays under 64 KiB (a larger one is
-//! dropped without an error); option values that would hang a connection are refused.
+//! Role: hop *wire*. Neighbours: `peer` and `server` open their endpoints here, on a socket of `socket`. Invariants: option values that would hang a connection are refused.
 
-use super::identity::Identity;
+use super::{identity::Identity, socket::QuicSocket};
 use crate::{NetError, Service};
-use quinn::{
-    AsyncTimer, AsyncUdpSocket, EndpointConfig, MtuDiscoveryConfig, Runtime, TokioRuntime, TransportConfig, UdpPoller, VarInt,
-    udp::{RecvMeta, Transmit},
-};
+use quinn::{AsyncTimer, AsyncUdpSocket, EndpointConfig, MtuDiscoveryConfig, Runtime, TokioRuntime, TransportConfig, VarInt};
 use quinn_proto::HashedConnectionIdGenerator;
 use socket2::{Domain, Protocol, Socket, Type};
 use std::{
@@ -16,7 +12,6 @@ use std::{
     net::{SocketAddr, UdpSocket},
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
     time::Duration,
 };
 
@@ -81,12 +76,8 @@ impl Default for TransportOptions {
     }
 }
 
-const MTU_MIN_BYTES: u16 = 1200;
-const MTU_LIMIT_BYTES: u16 = 9000;
-
-/// One call may carry several datagrams of equal size (UDP_SEGMENT, udp(7)), but together less than a UDP packet's 65507 bytes: the kernel answers more
-/// with EMSGSIZE, which quinn-udp takes for a lost packet.
-const BATCH_MAX_BYTES: usize = 65_000;
+pub(super) const MTU_MIN_BYTES: u16 = 1200;
+pub(super) const MTU_LIMIT_BYTES: u16 = 9000;
 
 impl TransportOptions {
     /// Whether every value lies in its range.
@@ -185,9 +176,8 @@ impl TransportOptions {
             allowed: error.to_string(),
         })?;
         let runtime = Arc::new(runtime.clone());
-        let inner = runtime.wrap_udp_socket(socket).map_err(|error| failed("registering a UDP socket", error))?;
-        let segments_max = BATCH_MAX_BYTES / usize::from(self.mtu_max_bytes);
-        let socket = Arc::new(BoundedBatches { inner, segments_max });
+        let socket = QuicSocket::new(socket, self.mtu_max_bytes, &runtime);
+        let socket = Arc::new(socket.map_err(|error| failed("registering a UDP socket", error))?);
         quinn::Endpoint::new_with_abstract_socket(config, server, socket, runtime)
             .map_err(|error| failed("opening a QUIC endpoint", error))
     }
@@ -229,6 +219,10 @@ impl PrivateRuntime {
     pub(super) fn of(service: &Service) -> PrivateRuntime {
         PrivateRuntime { handle: service.handle().clone() }
     }
+
+    pub(super) fn handle(&self) -> &tokio::runtime::Handle {
+        &self.handle
+    }
 }
 
 impl Runtime for PrivateRuntime {
@@ -263,43 +257,6 @@ pub(super) async fn within<T>(service: &Service, limit: Duration, work: impl Fut
 /// Streams a client may have open at once: its lanes, pulls, and moves.
 pub(super) const STREAMS_MAX: u32 = 256;
 
-/// A socket that never gets more datagrams in one call than the kernel takes.
-#[derive(Debug)]
-struct BoundedBatches {
-    inner: Arc<dyn AsyncUdpSocket>,
-    segments_max: usize,
-}
-
-impl AsyncUdpSocket for BoundedBatches {
-    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        self.inner.clone().create_io_poller()
-    }
-
-    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.inner.try_send(transmit)
-    }
-
-    fn poll_recv(&self, cx: &mut Context<'_>, bufs: &mut [io::IoSliceMut<'_>], meta: &mut [RecvMeta]) -> Poll<io::Result<usize>> {
-        self.inner.poll_recv(cx, bufs, meta)
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.inner.local_addr()
-    }
-
-    fn max_transmit_segments(&self) -> usize {
-        self.inner.max_transmit_segments().min(self.segments_max)
-    }
-
-    fn max_receive_segments(&self) -> usize {
-        self.inner.max_receive_segments()
-    }
-
-    fn may_fragment(&self) -> bool {
-        self.inner.may_fragment()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -311,13 +268,6 @@ mod tests {
         assert!(u64::from(options.stream_window_bytes) >= path_bytes);
         assert!(options.send_window_bytes > u64::from(options.stream_window_bytes));
         assert!(options.quinn().is_ok());
-    }
-
-    #[test]
-    fn a_batch_stays_below_the_largest_udp_packet() {
-        for mtu_max_bytes in [MTU_MIN_BYTES, 1452, 6550, 6560, 8900, MTU_LIMIT_BYTES] {
-            assert!(BATCH_MAX_BYTES / usize::from(mtu_max_bytes) * usize::from(mtu_max_bytes) <= 65_507);
-        }
     }
 
     #[test]
