@@ -16,6 +16,16 @@ impl<'a> Case<'a> {
     pub fn new(keys: impl Into<Vec<&'static str>>, run: impl FnMut(u64) -> Result<Vec<f64>> + 'a) -> Case<'a> {
         Case { keys: keys.into(), run: Box::new(run) }
     }
+
+    /// Does something before each run that is not part of it.
+    pub fn after(self, mut prepare: impl FnMut() + 'a) -> Case<'a> {
+        let Case { keys, mut run } = self;
+        let run = Box::new(move |round| {
+            prepare();
+            run(round)
+        });
+        Case { keys, run }
+    }
 }
 
 /// A key's figures, one a round.
@@ -114,6 +124,11 @@ impl Times {
             self.us.get(rank.max(1) - 1).copied().unwrap_or(f64::NAN)
         })
     }
+}
+
+/// What was used for `bytes`, for each GiB.
+pub fn a_gib(used: f64, bytes: u64) -> f64 {
+    used / (bytes as f64 / f64::from(1 << 30))
 }
 
 /// Megabytes (1e6 bytes) a second since `start`.

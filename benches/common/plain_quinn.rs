@@ -4,7 +4,12 @@
 //! `server`. Invariants: one connection, one stream, one single-threaded runtime at each end, as a pageferry peer has; a connection is warm
 //! (its MTU found, its window open) before the clock starts.
 
-use super::{MIB, PAGE_BYTES, Result, far_end::field, measure::mb_s, server::Server};
+use super::{
+    MIB, PAGE_BYTES, Result,
+    far_end::field,
+    measure::{a_gib, mb_s},
+    server::Server,
+};
 use bytes::Bytes;
 use pageferry::TransportOptions;
 use quinn::{
@@ -117,8 +122,8 @@ async fn send_range(pages: &Bytes, mut send: SendStream, mut receive: RecvStream
     Ok(())
 }
 
-/// Connects, warms up, and gives the rate at which `bytes` come in.
-pub fn download_mb_s(server: &mut Server, options: Options, bytes: u64) -> Result<f64> {
+/// Connects, warms up, and gives the rate at which `bytes` come in, and the CPU seconds of both processes a GiB.
+pub fn download(server: &mut Server, options: Options, bytes: u64) -> Result<[f64; 2]> {
     let listening = server.listen("quinn", json!({ "mtu": options.message() }))?;
     let address: SocketAddr = field(&listening, "address", Value::as_str)?.parse()?;
     let certificate: Vec<u8> = serde_json::from_value(listening["certificate"].clone())?;
@@ -132,13 +137,15 @@ pub fn download_mb_s(server: &mut Server, options: Options, bytes: u64) -> Resul
         let connection = endpoint.connect_with(config, address, "localhost")?.await?;
         let mut buffer = vec![0; STEP_BYTES];
         warm_up(&connection, server, options, &mut buffer).await?;
+        let cpu_before_s = server.cpu_of_both_s()?;
         let start = Instant::now();
         receive(&connection, bytes, &mut buffer, |_, _| Ok(())).await?;
         let rate = mb_s(bytes, start);
+        let cpu_s = server.cpu_of_both_s()? - cpu_before_s;
         check(server, bytes - STEP_BYTES as u64, &buffer)?;
         connection.close(VarInt::from_u32(0), b"done");
         endpoint.wait_idle().await;
-        Ok(rate)
+        Ok([rate, a_gib(cpu_s, bytes)])
     })
 }
 

@@ -7,7 +7,7 @@ use super::{
     Result,
     far_end::{FarEnd, answer, field},
     pages::Image,
-    plain_quinn,
+    plain_quinn, raw,
 };
 use serde_json::{Value, json};
 
@@ -54,9 +54,9 @@ impl Server {
         self.far_end.ask(&options)
     }
 
-    /// CPU seconds of the server's process so far.
-    pub fn cpu_s(&mut self) -> Result<f64> {
-        self.far_end.cpu_s()
+    /// CPU seconds of the server's process and of this one so far.
+    pub fn cpu_of_both_s(&mut self) -> Result<f64> {
+        Ok(raw::cpu_s() + self.far_end.cpu_s()?)
     }
 }
 

@@ -63,10 +63,10 @@ pub(crate) fn decode_run(encoding: Encoding, bytes: Bytes, decoded_len: usize) -
 }
 
 /// Cuts a run where its pages change between zero, likely to shrink and unlikely to, so that each kind is sent in its own way. Says of each part whether
-/// compressing it is worth trying.
-pub(crate) fn kinds_of(run: Run, page: PageSize) -> Vec<(bool, Run)> {
+/// compressing it is worth trying; without `compress` that is not looked into.
+pub(crate) fn kinds_of(run: Run, page: PageSize, compress: bool) -> Vec<(bool, Run)> {
     let Content::Bytes(bytes) = &run.content else { return vec![(false, run)] };
-    let mut kinds = bytes.chunks(page.len()).map(Kind::of);
+    let mut kinds = bytes.chunks(page.len()).map(|bytes| Kind::of(bytes, compress));
     let mut parts: Vec<(Kind, u64)> = Vec::new();
     for kind in &mut kinds {
         match parts.last_mut() {
@@ -100,10 +100,13 @@ enum Kind {
 impl Kind {
     /// Judged by 16 bytes in each quarter of the page: of 64 random bytes about 57 differ (never, in practice, fewer than 46); text has fewer than 30 different
     /// values, tables of numbers and code fewer than 40. More bytes judge no better, and looking at them costs as much as encrypting the page.
-    fn of(page: &[u8]) -> Kind {
+    fn of(page: &[u8], compress: bool) -> Kind {
         const NOISE_VALUES: u32 = 46;
         if is_zero(page) {
             return Kind::Zero;
+        }
+        if !compress {
+            return Kind::Noise;
         }
         let mut seen = [0u64; 4];
         for bytes in page.chunks(page.len() / 4).filter_map(|quarter| quarter.first_chunk::<16>()) {

@@ -149,7 +149,7 @@ async fn encode_step(store: &dyn PageStore, sent: &Sent, extent: Extent, compres
         runs.extend(store.read(part).await?);
     }
     let page = store.page_size();
-    let parts: Vec<(bool, Run)> = runs.into_iter().flat_map(|run| kinds_of(run, page)).collect();
+    let parts: Vec<(bool, Run)> = runs.into_iter().flat_map(|run| kinds_of(run, page, compress)).collect();
     // Sorting the pages is quick, compressing is not.
     let compress = compress && parts.iter().any(|(shrinks, _)| *shrinks);
     let encode = move || -> Result<Vec<EncodedRun>, WireError> {
