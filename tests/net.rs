@@ -234,7 +234,8 @@ async fn reads_that_share_a_lane_run_side_by_side_and_are_answered_in_order() {
     const READS: u64 = 40;
     let keys = Keys::new();
     let gated = Gated::new(world(WORLD_PAGES));
-    let server = Server::builder(&keys.server).grant(keys.client_id(), "world", gated.clone(), Grant::Read).listen(LOOPBACK).unwrap();
+    let server =
+        Server::builder(&keys.server).grant(keys.client_id(), "world", gated.clone(), Grant::Read).listen(LOOPBACK).unwrap();
     let store = Arc::new(keys.connect(server.local_addr()).await.open("world").await.unwrap());
     let reads: Vec<_> = (0..READS)
         .map(|page| {

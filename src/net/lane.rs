@@ -131,6 +131,9 @@ impl Lane {
     }
 }
 
+/// No request joins others that are so long together: what is written at once has one time-out.
+const WRITTEN_TOGETHER_BYTES: usize = 64 * 1024;
+
 /// Writes requests until the lane is dropped or its stream ends.
 async fn carry(
     connection: quinn::Connection,
@@ -163,7 +166,7 @@ async fn carry(
                 // The reader has gone, or goes when the stream does.
                 let _ = written.send(waiting);
             }
-            next = to_write.try_recv().ok();
+            next = if writer.queued_len() < WRITTEN_TOGETHER_BYTES { to_write.try_recv().ok() } else { None };
         }
         // On failure the reader answers what was handed to it: its end of the stream fails too, or has as little time.
         if !matches!(tokio::time::timeout(limit, writer.flush()).await, Ok(Ok(()))) {

@@ -205,6 +205,11 @@ impl FrameWriter {
         frame.encode(&mut self.buffer);
     }
 
+    /// Bytes that wait for [`flush`](FrameWriter::flush).
+    pub(crate) fn queued_len(&self) -> usize {
+        self.buffer.len()
+    }
+
     /// Sends what was queued.
     pub(crate) async fn flush(&mut self) -> Result<(), StreamError> {
         while !self.buffer.is_empty() {

@@ -50,7 +50,7 @@ impl Session {
                     }
                     continue;
                 }
-                frame = reader.next(), if reads.bytes < MAX_READ_BYTES.into() => frame?,
+                frame = reader.next(), if reads.have_room() => frame?,
             };
             let reply = match frame {
                 Some(Frame::Read { region, extent }) => match self.begin(region, *extent, &mut reads).await {
@@ -155,6 +155,9 @@ async fn read(open: Open, extent: Extent) -> Reply {
     Ok(Answer::Pages { runs, page, took: start.elapsed() })
 }
 
+/// What a request counts for at least, so that those that come to nothing are bounded in number too.
+const COUNTED_MIN_BYTES: u64 = 4096;
+
 /// Reads that are not answered, in the order of their requests.
 #[derive(Default)]
 struct Reads {
@@ -174,6 +177,11 @@ impl Reads {
         self.waiting.is_empty()
     }
 
+    /// Whether another may begin.
+    fn have_room(&self) -> bool {
+        self.bytes < MAX_READ_BYTES.into()
+    }
+
     /// Begins a read of so many bytes; gives its reply if it is there and no other waits.
     async fn begin(&mut self, bytes: u64, read: impl Future<Output = Reply> + Send + 'static, service: &Service) -> Option<Reply> {
         let mut read = Box::pin(read);
@@ -182,6 +190,8 @@ impl Reads {
             Poll::Ready(reply) => Waiting::Read(reply),
             Poll::Pending => Waiting::Running(service.spawn(read)),
         };
+        // Refused if larger.
+        let bytes = bytes.clamp(COUNTED_MIN_BYTES, MAX_READ_BYTES.into());
         self.waiting.push_back((bytes, waiting));
         self.bytes += bytes;
         None
@@ -212,5 +222,46 @@ impl Drop for Reads {
                 read.abort();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A client that asks for what it may not have, behind a read that does not end, fills no memory; nor does the size that it names overflow anything.
+    #[tokio::test]
+    async fn requests_that_come_to_nothing_are_bounded_behind_a_read_that_takes_its_time() {
+        let service = Service::start("test", Duration::ZERO).unwrap();
+        let mut reads = Reads::default();
+        assert!(reads.begin(4096, std::future::pending(), &service).await.is_none());
+        let mut begun = 1;
+        while reads.have_room() {
+            let refused = std::future::ready(Err(Refusal(ErrorCode::NotGranted, String::new())));
+            assert!(reads.begin(0, refused, &service).await.is_none());
+            begun += 1;
+        }
+        assert_eq!(begun, u64::from(MAX_READ_BYTES) / COUNTED_MIN_BYTES);
+        let refused = std::future::ready(Err(Refusal(ErrorCode::OutOfRange, String::new())));
+        assert!(reads.begin(u64::MAX, refused, &service).await.is_none());
+        assert!(!reads.have_room());
+    }
+
+    #[tokio::test]
+    async fn replies_keep_the_order_of_their_requests() {
+        let service = Service::start("test", Duration::ZERO).unwrap();
+        let mut reads = Reads::default();
+        let (answer, answered) = tokio::sync::oneshot::channel::<()>();
+        let slow = async move {
+            let _ = answered.await;
+            Ok(Answer::Done)
+        };
+        assert!(reads.begin(0, slow, &service).await.is_none());
+        let refused = std::future::ready(Err(Refusal(ErrorCode::NotGranted, String::new())));
+        assert!(reads.begin(0, refused, &service).await.is_none());
+        answer.send(()).unwrap();
+        assert!(matches!(reads.next().await, Ok(Answer::Done)));
+        assert!(reads.next().await.is_err() && reads.is_empty() && reads.bytes == 0);
+        assert!(matches!(reads.begin(0, std::future::ready(Ok(Answer::Done)), &service).await, Some(Ok(Answer::Done))));
     }
 }
