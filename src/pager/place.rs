@@ -82,12 +82,6 @@ pub(super) struct Wakes {
     due: Vec<(usize, usize)>,
 }
 
-impl Wakes {
-    pub(super) fn any_due(&self) -> bool {
-        !self.due.is_empty()
-    }
-}
-
 impl Engine {
     /// Wakes whoever waits for pages that are in place.
     pub(super) fn wake_due(&self, state: &mut State) {
@@ -118,6 +112,7 @@ impl Engine {
             (Extent::between(extent.first(), extent.first() + done), Extent::between(extent.first() + done, extent.end()));
         if asleep {
             state.wakes.due.push((address, page_len(self.page, now.count())));
+            self.wake.notify_one();
         }
         if let Some(id) = region
             && let Some(entry) = state.regions.get_mut(&id)

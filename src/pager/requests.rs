@@ -140,9 +140,6 @@ impl Engine {
             self.install_parts(state, ask.region, &run, wanted, ask.origin);
         }
         state.wakes.later = false;
-        if state.wakes.any_due() {
-            self.wake.notify_one();
-        }
         if ask.origin == Origin::Demand
             && let Some(entry) = state.regions.get(&ask.region)
         {
