@@ -8,9 +8,10 @@ mod program;
 
 use net::{HANG, LOOPBACK, soon, userfaultfd};
 use pageferry::{
-    Destination, Gate, Identity, MoveError, MoveEvent, NetError, Pager, PagerOptions, PeerId, Region, RegionError, Source, Strategy,
+    Destination, Gate, Identity, LossPolicy, MoveError, MoveEvent, NetError, Pager, PagerOptions, PeerId, Region, RegionError,
+    Source, Strategy,
 };
-use program::{Keys, Ledger, Program, check, check_stamps, gated, is_aborted, poison_soon, short_idle, until, wait_for, world};
+use program::{Keys, Ledger, Program, check, check_stamps, gated, is_aborted, poison_soon, until, wait_for, world};
 use std::{
     sync::{Arc, Mutex},
     time::Duration,
@@ -222,11 +223,16 @@ async fn an_address_that_is_taken_fails_the_move_and_the_program_runs_on() {
 struct End {
     identity: Identity,
     pager: Pager,
+    loss: LossPolicy,
 }
 
 impl End {
     fn new() -> End {
-        End { identity: Identity::generate().unwrap(), pager: Pager::start(&PagerOptions::default()).unwrap() }
+        End::with(LossPolicy::default())
+    }
+
+    fn with(loss: LossPolicy) -> End {
+        End { identity: Identity::generate().unwrap(), pager: Pager::start(&PagerOptions::default()).unwrap(), loss }
     }
 
     fn id(&self) -> PeerId {
@@ -234,14 +240,14 @@ impl End {
     }
 
     fn offer(&self, to: &End, epoch: u64, regions: &[Region], gate: &Gate) -> Source {
-        let source = Source::builder(&self.identity).grant(to.id(), regions).gate(gate).epoch(epoch).transport(short_idle());
+        let source = Source::builder(&self.identity).grant(to.id(), regions).gate(gate).epoch(epoch);
         source.listen(LOOPBACK).unwrap()
     }
 
     async fn take(&self, source: &Source, from: &End) -> pageferry::Moved {
         let trust = pageferry::Trust::ids([from.id()]);
-        let destination = Destination::builder(source.local_addr(), trust, &self.identity).pager(&self.pager);
-        let destination = destination.transport(short_idle()).loss(poison_soon());
+        let destination =
+            Destination::builder(source.local_addr(), trust, &self.identity).pager(&self.pager).loss(self.loss.clone());
         take(&destination.connect().await.unwrap()).await.unwrap()
     }
 }
@@ -308,7 +314,7 @@ async fn pages_lost_on_the_way_through_a_host_are_refused_and_never_zero() {
     if !userfaultfd() {
         return;
     }
-    let (a, b, c, ledger) = (End::new(), End::new(), End::new(), Ledger::new());
+    let (a, b, c, ledger) = (End::new(), End::with(poison_soon()), End::with(poison_soon()), Ledger::new());
     let (archive, pages) = gated("archive", 256);
     let heap = world(&["heap"], 64).remove(0);
     let program = Program::start(std::slice::from_ref(&heap), &ledger);

@@ -20,7 +20,7 @@ pub const PAGE: usize = 4096;
 pub const KIB_4: PageSize = PageSize::KIB_4;
 
 /// Far longer than anything here takes, on a busy machine too.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Whether regions can have a store here. Where they cannot, the test says so and must return; with `REQUIRE_UFFD=1` it fails instead.
 #[must_use]

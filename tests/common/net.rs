@@ -24,7 +24,7 @@ pub const KIB_4: PageSize = PageSize::KIB_4;
 pub const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 /// No test waits longer than this for anything: what takes as long hangs.
-pub const HANG: Duration = Duration::from_secs(20);
+pub const HANG: Duration = Duration::from_secs(60);
 
 /// Fails the test instead of hanging it.
 pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
