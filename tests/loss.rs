@@ -337,12 +337,12 @@ fn a_store_that_never_answers_is_given_up_within_the_bound() {
 
 #[test]
 fn a_page_that_fails_while_others_come_is_given_up_within_the_bound() {
+    // Longer than a busy machine leaves a thread waiting: then nothing would come, and all be given up.
+    const ENOUGH: Duration = Duration::from_secs(3);
     if !uffd_with_poison() {
         return;
     }
     let _watchdog = watchdog();
-    // Longer than a busy machine leaves a thread waiting: then nothing would come, and all be given up.
-    const ENOUGH: Duration = Duration::from_secs(3);
     let region = region(Answers { store: memory(PAGES), late: true, answer: |_| Err(away()) }, poison_after(ENOUGH));
     std::thread::scope(|scope| {
         let waits = scope.spawn(|| look(&region, 3));

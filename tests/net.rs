@@ -428,9 +428,9 @@ mod grants {
         let store = peer.open("world").await.unwrap();
         store.read(Extent::page(0)).await.unwrap();
         server.revoke(keys.client_id());
-        let error = soon("the refusal", store.read(Extent::page(1))).await.unwrap_err().to_string();
-        // The second, if the connection was gone before the read was written, and a new one was tried.
-        assert!(error.contains("the grant was taken back") || error.contains("does not let in this end's key"), "{error}");
+        let error = soon("the refusal", store.read(Extent::page(1))).await.unwrap_err();
+        // How it learns of it depends on what was under way: from the connection's end, from a packet that finds no connection, or from the refusal of a new one.
+        assert!(matches!(error, StoreError::Unreachable { .. }), "{error}");
         let error = soon("the refusal", peer.open("world")).await.unwrap_err();
         assert!(matches!(error, NetError::Rejected { .. }), "{error}");
     }
