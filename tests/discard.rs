@@ -238,27 +238,31 @@ fn pages_that_move_get_their_bytes_at_the_new_place() {
     if !uffd_in_system_calls() {
         return;
     }
-    let _watchdog = watchdog();
-    let store = gated(16);
-    let region = page_by_page(&store);
-    let to = room(8);
-    let new_address = |page: u64| to + (page as usize - 4) * PAGE;
-    std::thread::scope(|scope| {
-        let waits_at_the_old_place = scope.spawn(|| peek(address_of(&region, 5)));
-        block_on(store.arrived(1));
-        move_pages(&region, Extent::between(4, 12), to, MRemapFlags::empty());
-        assert_eq!(waits_at_the_old_place.join().unwrap(), Err(nix::errno::Errno::EFAULT));
-        // The reply that was asked for at the old place lands at the new one.
-        store.release(1);
-        until("page 5 is resident", || region.residency().resident == 1);
-        assert_same(5, &peek(new_address(5)).unwrap(), &page_bytes(5));
-        assert_eq!(store.reads(), [Extent::page(5)]);
-    });
-    store.open();
-    (4..12).for_each(|page| assert_same(page, &peek(new_address(page)).unwrap(), &page_bytes(page)));
-    [3, 12].into_iter().for_each(|page| assert_page(&region, page));
-    // SAFETY: nobody refers to the moved pages any more.
-    unsafe { munmap(at(to), 8 * PAGE) }.unwrap();
+    // In a process of its own, whose threads do not put something else where the pages were.
+    in_child("pages_that_move_get_their_bytes_at_the_new_place", "move", || {
+        let _watchdog = watchdog();
+        let store = gated(16);
+        let region = page_by_page(&store);
+        let to = room(8);
+        let new_address = |page: u64| to + (page as usize - 4) * PAGE;
+        std::thread::scope(|scope| {
+            let waits_at_the_old_place = scope.spawn(|| peek(address_of(&region, 5)));
+            block_on(store.arrived(1));
+            move_pages(&region, Extent::between(4, 12), to, MRemapFlags::empty());
+            assert_eq!(waits_at_the_old_place.join().unwrap(), Err(nix::errno::Errno::EFAULT));
+            // The reply that was asked for at the old place lands at the new one.
+            store.release(1);
+            until("page 5 is resident", || region.residency().resident == 1);
+            assert_same(5, &peek(new_address(5)).unwrap(), &page_bytes(5));
+            assert_eq!(store.reads(), [Extent::page(5)]);
+        });
+        store.open();
+        (4..12).for_each(|page| assert_same(page, &peek(new_address(page)).unwrap(), &page_bytes(page)));
+        [3, 12].into_iter().for_each(|page| assert_page(&region, page));
+        // SAFETY: nobody refers to the moved pages any more.
+        unsafe { munmap(at(to), 8 * PAGE) }.unwrap();
+    })
+    .ends_well();
 }
 
 #[test]
