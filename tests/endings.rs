@@ -222,32 +222,6 @@ fn regions_that_open_where_others_end_show_no_zeros() {
     });
 }
 
-/// Lets children of fork(2) inherit a region, against what it was opened with.
-fn inherit(region: &Region) {
-    let start = std::ptr::NonNull::new(region.as_ptr().cast()).unwrap();
-    // SAFETY: changes neither content nor address of the region's own range.
-    unsafe { nix::sys::mman::madvise(start, region.len(), nix::sys::mman::MmapAdvise::MADV_DOFORK) }.unwrap();
-}
-
-/// What a forked child finds in the first byte of a page: the byte, or the signal that the touch raised.
-///
-/// The system call and not the C library's fork(3): that one holds the allocator's locks until the pager has read the kernel's message, and a
-/// pager that allocates at that moment waits for them (docs/safety.md, S2, says so).
-fn seen_by_a_child(region: &Region, page: u64) -> Result<i32, i32> {
-    let address = address_of(region, page) as *const u8;
-    // SAFETY: no flag but the signal at the child's end: a copy of the process, whose one thread only reads a byte and ends.
-    let child = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
-    let child = libc::pid_t::try_from(child).unwrap();
-    if child == 0 {
-        // SAFETY: inherited, so mapped; a signal is one of the answers.
-        unsafe { libc::_exit(address.read_volatile().into()) };
-    }
-    let mut status = 0;
-    // SAFETY: `status` is valid for the call.
-    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
-    if libc::WIFEXITED(status) { Ok(libc::WEXITSTATUS(status)) } else { Err(libc::WTERMSIG(status)) }
-}
-
 #[test]
 fn a_forked_child_gets_what_was_there_and_a_signal_for_the_rest() {
     if !uffd_with_forks() {
@@ -262,10 +236,12 @@ fn a_forked_child_gets_what_was_there_and_a_signal_for_the_rest() {
         assert_page(&region, 4);
         region.write_at(4 * PAGE as u64, &[77]).unwrap();
         region.discard(6 * PAGE as u64..7 * PAGE as u64).unwrap();
-        assert_eq!(seen_by_a_child(&region, 4), Ok(77));
-        assert_eq!(seen_by_a_child(&region, 6), Ok(0));
-        for page in [0, 5, 31] {
-            assert_eq!(seen_by_a_child(&region, page), Err(libc::SIGBUS), "page {page}");
+        for fork in FORKS {
+            assert_eq!(seen_by_a_child(fork, address_of(&region, 4)), Ok(77));
+            assert_eq!(seen_by_a_child(fork, address_of(&region, 6)), Ok(0));
+            for page in [0, 5, 31] {
+                assert_eq!(seen_by_a_child(fork, address_of(&region, page)), Err(libc::SIGBUS), "page {page}");
+            }
         }
         // Here they still come.
         (0..32).filter(|page| ![4, 6].contains(page)).for_each(|page| assert_page(&region, page));
@@ -288,8 +264,10 @@ fn a_forked_child_gets_a_signal_for_what_is_lost() {
         inherit(&region);
         assert!(peek(address_of(&region, 3)).is_err());
         assert_eq!(region.residency().lost, 8);
-        // Nothing is resident: of a mapping without a page fork(2) might copy nothing, the poison included.
-        assert_eq!(seen_by_a_child(&region, 3), Err(libc::SIGBUS));
+        for fork in FORKS {
+            // Nothing is resident: of a mapping without a page fork(2) might copy nothing, the poison included.
+            assert_eq!(seen_by_a_child(fork, address_of(&region, 3)), Err(libc::SIGBUS));
+        }
     })
     .ends_well();
 }

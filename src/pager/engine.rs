@@ -1,12 +1,13 @@
 //! The state of a pager and its message loop.
 //!
 //! Role: hop *fault*: reads messages of the kernel, keeps the address map, lets `core` decide and carries the decision out. Neighbours: `requests`
-//! asks stores and brings replies here; `install` puts pages in place; `region` joins and leaves. Invariants: messages are read and
-//! applied, and pages are installed, under one lock, so that no install can fall between a
+//! asks stores and brings replies here; `install` puts pages in place; `region` joins and leaves. Invariants: messages are
+//! applied, and pages are installed, under one lock, and nothing is installed while a removal is read and not applied, so that no install can fall between a
 //! removal being read and being known (S4); whatever panics, no descriptor closes while a page that should hold data is missing (S1).
 
 use super::{
     address_map::{AddressMap, RegionId, Segment},
+    children::Children,
     core::{Core, Decision, Origin},
     installer::Installer,
     place::{Again, Owned, Wakes, page_len},
@@ -17,7 +18,7 @@ use super::{
 use crate::{
     Extent, LossPolicy, PageSize, PageStore, PagerOptions, RegionEvent, Service, StoreError,
     stats::{Counters, add},
-    sys::{EVENTS_A_READ, Mapping, Message, Userfault},
+    sys::{Attended, Mapping, Message, Userfault},
 };
 use std::{
     collections::{HashMap, VecDeque},
@@ -33,7 +34,6 @@ use tokio::{
     io::unix::AsyncFd,
     sync::{Notify, broadcast, oneshot},
 };
-use userfaultfd::EventBuffer;
 
 /// See the module header.
 pub(crate) struct Engine {
@@ -51,6 +51,8 @@ pub(crate) struct Engine {
     /// Demand requests that are not answered.
     pub(super) demands: AtomicUsize,
     pub(super) installer: Mutex<Option<Arc<Installer>>>,
+    /// `None` where the kernel tells of no forks.
+    _attended: Option<Attended>,
     /// Makes the next turn of a loop panic.
     #[cfg(test)]
     pub(super) panic_next: AtomicBool,
@@ -71,8 +73,9 @@ pub(super) struct State {
     pub(super) again: VecDeque<Again>,
     pub(super) wakes: Wakes,
     next_region: u64,
-    /// Descriptors of forked children whose missing pages cannot be poisoned on this kernel: closing them would show zeros.
-    pub(super) children: Vec<Userfault>,
+    /// Read and not served yet: [`Engine::lock_caught_up`] leaves them to the service's thread.
+    faults: Vec<Message>,
+    pub(super) children: Children,
     /// Set after a panic: whatever is missing is poisoned from then on.
     broken: bool,
 }
@@ -129,6 +132,11 @@ impl Engine {
         options: PagerOptions,
         stop: oneshot::Receiver<()>,
     ) -> io::Result<Arc<Engine>> {
+        let attended = uffd.attend()?;
+        let (readable, told) = {
+            let _context = service.handle().enter();
+            (uffd.readable()?, attended.as_ref().map(Attended::told).transpose()?)
+        };
         let engine = Arc::new_cyclic(|me| Engine {
             uffd,
             service: service.clone(),
@@ -142,21 +150,22 @@ impl Engine {
                 again: VecDeque::new(),
                 wakes: Wakes::default(),
                 next_region: 1,
-                children: Vec::new(),
+                faults: Vec::new(),
+                children: Children::default(),
                 broken: false,
             }),
             settle: Arc::new(Notify::new()),
             wake: Arc::new(Notify::new()),
             demands: AtomicUsize::new(0),
             installer: Mutex::default(),
+            _attended: attended,
             #[cfg(test)]
             panic_next: false.into(),
         });
-        let readable = {
-            let _context = service.handle().enter();
-            engine.uffd.readable()?
-        };
         service.spawn(read_messages(engine.me.clone(), readable, stop));
+        if let Some(told) = told {
+            service.spawn(serve_what_was_read(engine.me.clone(), told));
+        }
         service.spawn(settle(engine.me.clone(), engine.settle.clone()));
         service.spawn(wake(engine.me.clone(), engine.wake.clone()));
         Ok(engine)
@@ -165,6 +174,20 @@ impl Engine {
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         // A panic elsewhere leaves state that `rescue` deals with.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state with all news applied that was read before: for whoever must find what it did to its mappings itself. Such a call returns when its message is read, which
+    /// during a fork may be before the pager has applied it.
+    fn lock_caught_up(&self) -> MutexGuard<'_, State> {
+        let mut guard = self.lock();
+        if self.uffd.has_read_news() {
+            let (state, mut messages) = (&mut *guard, Vec::new());
+            self.uffd.take_read(&mut messages);
+            self.apply_news(state, &mut messages);
+            // Requests are made on the service's thread only, which was told.
+            state.faults.append(&mut messages);
+        }
+        guard
     }
 
     /// Adds a region whose memory starts at `start`. Nothing may touch the memory before this returns.
@@ -190,7 +213,7 @@ impl Engine {
             drop(state);
             if self.service.is_current() {
                 // Nobody else reads them then: a callback or a store opens a region.
-                self.serve(&mut EventBuffer::new(EVENTS_A_READ), &mut Vec::new())?;
+                self.serve(&mut Vec::new())?;
             }
             std::thread::sleep(PACE);
         }
@@ -200,7 +223,8 @@ impl Engine {
     /// What mremap(2) took out of that range stays mapped, and what is missing of it is poisoned here.
     pub(crate) fn leave(&self, id: RegionId, start: usize, len: usize) {
         let entry = {
-            let mut guard = self.lock();
+            // With every move of its pages and every child that has a copy of them.
+            let mut guard = self.lock_caught_up();
             let state = &mut *guard;
             let all = state.regions.get(&id).map(|entry| entry.core.residency().extent()).unwrap_or_default();
             let own = start as u64..(start + len) as u64;
@@ -219,12 +243,12 @@ impl Engine {
 
     /// Second half, after the memory was unmapped: threads that still wait touch nothing that is mapped and get SIGSEGV.
     pub(crate) fn left(&self, id: RegionId, start: usize, len: usize) {
-        self.lock().map.remove_region(id);
+        self.lock_caught_up().map.remove_region(id);
         self.uffd.wake(start, len);
     }
 
     pub(crate) fn with_entry<T>(&self, id: RegionId, look: impl FnOnce(&mut Entry) -> T) -> Option<T> {
-        self.lock().regions.get_mut(&id).map(look)
+        self.lock_caught_up().regions.get_mut(&id).map(look)
     }
 
     pub(crate) fn service(&self) -> &Service {
@@ -232,29 +256,36 @@ impl Engine {
     }
 
     /// Reads and serves all messages there are.
-    fn serve(&self, buffer: &mut EventBuffer, messages: &mut Vec<Message>) -> io::Result<()> {
+    fn serve(&self, messages: &mut Vec<Message>) -> io::Result<()> {
         let mut asks = Vec::new();
         let read = {
             let mut guard = self.lock();
             let state = &mut *guard;
             messages.clear();
-            let read = self.uffd.read_all(buffer, messages);
+            messages.append(&mut state.faults);
+            let read = self.uffd.read_all(messages);
             let read_at = Instant::now();
-            // A fault may be read before the removal that caused it: removals first.
-            for message in messages.iter().filter(|message| !matches!(message, Message::Fault { .. })) {
-                self.moved(state, message);
-            }
+            // A fault may be read before the removal that caused it: news first.
+            self.apply_news(state, messages);
             for message in messages.drain(..) {
-                match message {
-                    Message::Fault { address } => self.fault(state, address, read_at, &mut asks),
-                    Message::Fork { child } => self.forked(state, child),
-                    Message::Remove { .. } | Message::Unmap { .. } | Message::Remap { .. } => {}
+                if let Message::Fault { address } = message {
+                    self.fault(state, address, read_at, &mut asks);
                 }
             }
             read
         };
         asks.into_iter().for_each(|ask| self.request(ask));
         read
+    }
+
+    /// Applies all messages but faults, in their order: what a child misses is what was missing here when it was made, not what was discarded since.
+    fn apply_news(&self, state: &mut State, messages: &mut Vec<Message>) {
+        for message in messages.extract_if(.., |message| !matches!(message, Message::Fault { .. })) {
+            match message {
+                Message::Fork { child } => self.forked(state, self.uffd.of_child(child)),
+                removal => self.moved(state, &removal),
+            }
+        }
     }
 
     pub(super) fn fault(&self, state: &mut State, address: usize, read_at: Instant, asks: &mut Vec<Ask>) {
@@ -371,8 +402,7 @@ impl Engine {
 
 /// The message loop. Holds the engine only while it serves, so that dropping the last region and pager ends it.
 async fn read_messages(engine: Weak<Engine>, readable: AsyncFd<std::os::fd::OwnedFd>, mut stop: oneshot::Receiver<()>) {
-    let mut buffer = EventBuffer::new(EVENTS_A_READ);
-    let mut messages = Vec::with_capacity(EVENTS_A_READ);
+    let mut messages = Vec::new();
     loop {
         let mut ready = tokio::select! {
             biased;
@@ -383,7 +413,7 @@ async fn read_messages(engine: Weak<Engine>, readable: AsyncFd<std::os::fd::Owne
             _ = &mut stop => return,
         };
         let Some(engine) = engine.upgrade() else { return };
-        match engine.turn(|| engine.serve(&mut buffer, &mut messages)) {
+        match engine.turn(|| engine.serve(&mut messages)) {
             // Messages that come after the read make the descriptor ready anew: its readiness is edge-triggered.
             Some(Ok(())) => ready.clear_ready(),
             Some(Err(error)) => {
@@ -391,6 +421,20 @@ async fn read_messages(engine: Weak<Engine>, readable: AsyncFd<std::os::fd::Owne
                 ready.clear_ready();
             }
             None => {}
+        }
+    }
+}
+
+/// Serves what was read in the pager's place while the program forked.
+async fn serve_what_was_read(engine: Weak<Engine>, told: AsyncFd<std::os::fd::OwnedFd>) {
+    let mut messages = Vec::new();
+    loop {
+        let Ok(mut ready) = told.readable().await else { return };
+        let Some(engine) = engine.upgrade() else { return };
+        // Before it serves: what is read later is told anew.
+        ready.clear_ready();
+        if let Some(Err(error)) = engine.turn(|| engine.serve(&mut messages)) {
+            tracing::error!(%error, "reading page faults failed");
         }
     }
 }

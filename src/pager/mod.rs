@@ -6,6 +6,7 @@
 
 mod address_map;
 mod around;
+mod children;
 mod core;
 mod engine;
 mod fetch;

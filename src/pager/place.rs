@@ -10,21 +10,17 @@ use super::{
     engine::{Engine, State},
     install::{Fill, Filled, fill},
 };
-use crate::{
-    Content, Extent, PageSize,
-    stats::add,
-    sys::{Features, Userfault},
-};
+use crate::{Content, Extent, PageSize, stats::add, sys::Features};
 use bytes::Bytes;
 use std::{sync::atomic::Ordering, time::Instant};
 
 /// A fill that the kernel put off.
 pub(super) struct Again {
     /// None: an address that belongs to no region, to be filled with zeros.
-    region: Option<RegionId>,
-    address: usize,
-    extent: Extent,
-    what: Owned,
+    pub(super) region: Option<RegionId>,
+    pub(super) address: usize,
+    pub(super) extent: Extent,
+    pub(super) what: Owned,
     origin: Origin,
 }
 
@@ -193,6 +189,7 @@ impl Engine {
         let mut guard = self.lock();
         let state = &mut *guard;
         let mut asks = Vec::new();
+        self.settle_children(state);
         for _ in 0..state.again.len() {
             let Some(Again { region, address, extent, what, origin }) = state.again.pop_front() else { break };
             let Some(id) = region else {
@@ -222,31 +219,9 @@ impl Engine {
             }
             changed.notify_waiters();
         }
-        let left = !state.again.is_empty();
+        let left = !state.again.is_empty() || !state.children.all_settled();
         drop(guard);
         asks.into_iter().for_each(|ask| self.request(ask));
         left
-    }
-
-    /// A child got a copy of the memory (somebody undid `MADV_DONTFORK`). Its pages never come: poison what is missing before its descriptor
-    /// closes. What is lost is poisoned there already: fork(2) copies the marks.
-    pub(super) fn forked(&self, state: &mut State, child: Userfault) {
-        let poisons = self.uffd.features().contains(Features::POISON);
-        let all_poisoned = poisons
-            && state.map.segments().all(|(at, segment)| {
-                let Some(entry) = state.regions.get(&segment.region) else { return true };
-                entry.core.residency().missing(segment.extent).all(|extent| {
-                    let address = at + self.page.offset_of(extent.first() - segment.extent.first());
-                    #[allow(clippy::cast_possible_truncation, reason = "addresses of this process fit usize")]
-                    let filled = fill(&child, self.page, address as usize, Fill::Poison(page_len(self.page, extent.count())));
-                    tracing::debug!(?filled, %extent, "poisoned what a forked child misses");
-                    filled.again_from.is_none() && filled.failed.is_none()
-                })
-            });
-        if !all_poisoned {
-            // Its threads then wait for ever, which is bad, but nobody reads a zero that should be data.
-            tracing::error!("pages that a forked child misses cannot be poisoned; its descriptor stays open");
-            state.children.push(child);
-        }
     }
 }

@@ -154,3 +154,53 @@ fn what_the_kernel_puts_off_lands_later() {
     store.open();
     until("the reply is found stale", || region.stats().pages_stale == 1);
 }
+
+/// During a fork messages are read while the pager cannot apply them: the calls that wait for that return, and what they did counts all the same.
+#[test]
+fn what_was_read_and_not_applied_puts_installs_off_and_is_known_to_whoever_looks() {
+    let Some((region, store, pager)) = open() else { return };
+    let engine: &Arc<Engine> = pager.engine();
+    let mut state = engine.lock();
+    let discarding = {
+        let region = region.clone();
+        std::thread::spawn(move || region.discard(0..PAGE as u64).unwrap())
+    };
+    until("the discard is read", || engine.uffd.read_ahead());
+    discarding.join().unwrap();
+    // A fill would no longer be refused by the kernel.
+    let id = state.map.find(address_of(&region, 0) as u64).unwrap().0;
+    let bytes = super::place::Owned::Bytes(vec![1; PAGE].into());
+    engine.install(&mut state, id, Extent::page(0), &bytes, super::core::Origin::Demand);
+    assert_eq!(state.again.len(), 1);
+    assert!(!engine.uffd.is_quiet());
+    drop(state);
+    assert_eq!(region.residency().discarded, 1);
+    assert_eq!(peek(&region, 0), Ok(vec![0; PAGE]));
+    store.open();
+    assert_eq!(peek(&region, 1), Ok(vec![2; PAGE]));
+}
+
+/// A fault that is read while the pager cannot serve it, and found first by a thread that may not ask stores.
+#[test]
+fn a_fault_that_was_read_ahead_is_served() {
+    let Some((region, store, pager)) = open() else { return };
+    store.open();
+    let engine: &Arc<Engine> = pager.engine();
+    let state = engine.lock();
+    let faulting = {
+        let region = region.clone();
+        std::thread::spawn(move || peek(&region, 3))
+    };
+    until("the fault is read", || engine.uffd.read_ahead());
+    let discarding = {
+        let region = region.clone();
+        std::thread::spawn(move || region.discard(0..PAGE as u64).unwrap())
+    };
+    until("the discard is read", || engine.uffd.read_ahead());
+    discarding.join().unwrap();
+    drop(state);
+    assert_eq!(region.residency().discarded, 1);
+    // The message of another fault makes the pager look, as the thread that read ahead does otherwise.
+    assert_eq!(peek(&region, 4), Ok(vec![5; PAGE]));
+    assert_eq!(faulting.join().unwrap(), Ok(vec![4; PAGE]));
+}

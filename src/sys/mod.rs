@@ -6,10 +6,14 @@
 //! M2 no `&[u8]` or `&mut [u8]` of a mapping is ever made here: bytes are read and written as relaxed atomics or by the kernel (S8);
 //! U1 a [`Userfault`] is registered only on ranges of a [`Mapping`], and its ioctls only fill missing pages of such ranges.
 
+mod forks;
+mod inbox;
 mod mapping;
 mod userfault;
 mod watch;
 
+pub(crate) use forks::Attended;
+pub(crate) use inbox::Message;
 pub(crate) use mapping::{MapAt, Mapping, page_size};
-pub(crate) use userfault::{Access, EVENTS_A_READ, Features, Message, OpenError, Stop, Userfault};
+pub(crate) use userfault::{Access, Features, OpenError, Stop, Userfault};
 pub(crate) use watch::watch;

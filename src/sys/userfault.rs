@@ -1,21 +1,26 @@
-//! A userfaultfd descriptor: open, register, read messages, install, poison, wake.
+//! A userfaultfd descriptor: open, register, install, poison, wake.
 //!
-//! Role: hops *fault* (reading messages) and *install*/*wake* (ioctls) of a page's journey. Neighbours: `pager` calls it and
+//! Role: hops *fault* (messages are read by its `inbox`) and *install*/*wake* (ioctls) of a page's journey. Neighbours: `pager` calls it and
 //! decides; no decision above reads an errno. Invariants: U1 of `sys`; the descriptor is non-blocking (poll on a blocking one
 //! answers POLLERR) and closed only when no registered page that should hold data is missing (S1, kept by `pager`).
 //!
 //! The `userfaultfd` crate does messages and registration; opening falls back further than the crate's, and installs need the
 //! outcome of a partial copy, which the crate turns into an unsigned number; so these ioctls are declared here from linux/userfaultfd.h.
 
-use super::watch;
+use super::{
+    forks::Attended,
+    inbox::{Child, Inbox, Message, crate_error},
+    watch,
+};
 use nix::errno::Errno;
 use std::{
     fs::OpenOptions,
     io,
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+    sync::Arc,
 };
 use tokio::io::{Interest, unix::AsyncFd};
-use userfaultfd::{Event, EventBuffer, FaultKind, Uffd};
+use userfaultfd::Uffd;
 
 /// How the descriptor was obtained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,31 +69,6 @@ impl Features {
     }
 }
 
-/// One message of the kernel, addresses as numbers.
-#[derive(Debug)]
-pub(crate) enum Message {
-    Fault {
-        address: usize,
-    },
-    Remove {
-        start: usize,
-        len: usize,
-    },
-    Unmap {
-        start: usize,
-        len: usize,
-    },
-    Remap {
-        from: usize,
-        to: usize,
-        len: usize,
-    },
-    /// The child's own descriptor; closing it before its missing pages are settled would show zeros to the child.
-    Fork {
-        child: Userfault,
-    },
-}
-
 /// Why an install stopped before its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stop {
@@ -107,7 +87,7 @@ pub(crate) enum Stop {
 /// See the module header.
 #[derive(Debug)]
 pub(crate) struct Userfault {
-    uffd: Uffd,
+    inbox: Arc<Inbox>,
     access: Access,
     features: Features,
 }
@@ -158,7 +138,8 @@ impl Userfault {
         Ok(enable(&fd, wanted).map(|_| {
             // SAFETY: the descriptor is a userfaultfd owned by nobody else: `into_raw_fd` gives it up.
             let uffd = unsafe { Uffd::from_raw_fd(std::os::fd::IntoRawFd::into_raw_fd(fd)) };
-            Userfault { uffd, access, features: wanted }
+            let forks = wanted.contains(Features::EVENT_FORK);
+            Userfault { inbox: Arc::new(Inbox::new(uffd, forks)), access, features: wanted }
         }))
     }
 
@@ -178,13 +159,13 @@ impl Userfault {
 
     /// Asks for faults on missing pages of a mapping's range.
     pub(crate) fn register(&self, start: usize, len: usize) -> io::Result<()> {
-        self.uffd.register(start as *mut _, len).map(|_| ()).map_err(crate_error)
+        self.uffd().register(start as *mut _, len).map(|_| ()).map_err(crate_error)
     }
 
-    /// Whether every change of the mappings so far has been read as a message. While one has not, the kernel refuses every fill, one of
+    /// Whether every change of the mappings so far has been read as a message and taken. While one has not been read, the kernel refuses every fill, one of
     /// no length too (fs/userfaultfd.c, `mmap_changing`, which counts from before a range is unmapped until after its message is read).
     pub(crate) fn is_quiet(&self) -> bool {
-        !matches!(self.zero_nothing(), Err(Errno::EAGAIN))
+        !matches!(self.inbox.unless_news(|| self.zero_nothing()), Err(Errno::EAGAIN))
     }
 
     fn zero_nothing(&self) -> nix::Result<i32> {
@@ -193,41 +174,35 @@ impl Userfault {
         unsafe { uffdio_zeropage(self.raw(), &raw mut argument) }
     }
 
-    /// Reads everything the kernel has to say now, appending to `messages`. The kernel hands out faults before other events, so
-    /// a reader that stops early would see a fault without the removal that caused it.
-    pub(crate) fn read_all(&self, buffer: &mut EventBuffer, messages: &mut Vec<Message>) -> io::Result<()> {
-        loop {
-            let before = messages.len();
-            match self.uffd.read_events(buffer) {
-                Ok(events) => {
-                    for event in events {
-                        match event {
-                            Ok(event) => messages.extend(self.translate(event)),
-                            Err(error) => tracing::warn!(%error, "unknown userfaultfd event skipped"),
-                        }
-                    }
-                }
-                Err(userfaultfd::Error::SystemError(errno)) if errno as i32 == libc::EINTR => continue,
-                Err(error) => return Err(crate_error(error)),
-            }
-            if messages.len() - before < EVENTS_A_READ {
-                return Ok(());
-            }
-        }
+    /// See [`Inbox::read_all`].
+    pub(crate) fn read_all(&self, messages: &mut Vec<Message>) -> io::Result<()> {
+        self.inbox.read_all(messages)
     }
 
-    fn translate(&self, event: Event) -> Option<Message> {
-        Some(match event {
-            Event::Pagefault { kind: FaultKind::Missing, addr, .. } => Message::Fault { address: addr as usize },
-            Event::Pagefault { kind, addr, .. } => {
-                tracing::warn!(?kind, ?addr, "fault of a kind that was not asked for");
-                return None;
-            }
-            Event::Fork { uffd } => Message::Fork { child: Userfault { uffd, access: self.access, features: self.features } },
-            Event::Remap { from, to, len } => Message::Remap { from: from as usize, to: to as usize, len },
-            Event::Remove { start, end } => Message::Remove { start: start as usize, len: end as usize - start as usize },
-            Event::Unmap { start, end } => Message::Unmap { start: start as usize, len: end as usize - start as usize },
-        })
+    /// See [`Inbox::take`].
+    pub(crate) fn take_read(&self, messages: &mut Vec<Message>) {
+        self.inbox.take(messages);
+    }
+
+    /// See [`Inbox::has_news`].
+    pub(crate) fn has_read_news(&self) -> bool {
+        self.inbox.has_news()
+    }
+
+    /// As the thread that stands in during a fork does.
+    #[cfg(test)]
+    pub(crate) fn read_ahead(&self) -> bool {
+        self.inbox.read_ahead()
+    }
+
+    /// Has messages read during forks too, whatever the threads wait for that should read them; `None` where the kernel tells of no forks, so that none waits.
+    pub(crate) fn attend(&self) -> io::Result<Option<Attended>> {
+        self.features.contains(Features::EVENT_FORK).then(|| Attended::new(&self.inbox)).transpose()
+    }
+
+    /// The child's end of a fork.
+    pub(crate) fn of_child(&self, child: Child) -> Userfault {
+        Userfault { inbox: Arc::new(Inbox::new(child.0, false)), access: self.access, features: self.features }
     }
 
     /// Fills missing pages from `start` with `bytes` (whole pages) and wakes their waiters (UFFDIO_COPY(2const)), unless `wake` is false and the caller
@@ -242,7 +217,7 @@ impl Userfault {
                 copy: COPY_OR_ZERO_DONE_AT_START,
             };
             // SAFETY: the kernel reads `bytes` inside its bounds and writes only missing pages of ranges registered here (U1).
-            let result = unsafe { uffdio_copy(self.raw(), &raw mut argument) };
+            let result = self.inbox.unless_news(|| unsafe { uffdio_copy(self.raw(), &raw mut argument) });
             (result, argument.copy)
         })
     }
@@ -267,7 +242,7 @@ impl Userfault {
             let mut argument =
                 FillArgument { start: (start + done) as u64, len: (len - done) as u64, mode: 0, done: COPY_OR_ZERO_DONE_AT_START };
             // SAFETY: the kernel changes only missing pages of ranges registered here (U1).
-            let result = unsafe { call(self.raw(), &raw mut argument) };
+            let result = self.inbox.unless_news(|| unsafe { call(self.raw(), &raw mut argument) });
             (result, argument.done)
         })
     }
@@ -275,23 +250,24 @@ impl Userfault {
     /// Wakes every thread that waits in the range; each touches its page again (UFFDIO_WAKE(2const)). Works on any range, also
     /// one that is not registered any more.
     pub(crate) fn wake(&self, start: usize, len: usize) {
-        if let Err(error) = self.uffd.wake(start as *mut _, len) {
+        if let Err(error) = self.uffd().wake(start as *mut _, len) {
             tracing::warn!(%error, start, len, "UFFDIO_WAKE failed");
         }
     }
 
     /// A duplicate that tells when there are messages. Called inside the runtime that shall tell it.
     pub(crate) fn readable(&self) -> io::Result<AsyncFd<OwnedFd>> {
-        watch(self.uffd.as_fd().try_clone_to_owned()?, Interest::READABLE)
+        watch(self.uffd().as_fd().try_clone_to_owned()?, Interest::READABLE)
+    }
+
+    fn uffd(&self) -> &Uffd {
+        self.inbox.uffd()
     }
 
     fn raw(&self) -> RawFd {
-        self.uffd.as_raw_fd()
+        self.uffd().as_raw_fd()
     }
 }
-
-/// Messages asked for in one read(2): 64 threads faulting at once fit, at 2 KiB of buffer.
-pub(crate) const EVENTS_A_READ: usize = 64;
 
 /// Repeats a fill until it is done or gives a reason. A short fill (EAGAIN with bytes done) is repeated: the next call tells why.
 fn advance(len: usize, mut call: impl FnMut(usize) -> (nix::Result<i32>, i64)) -> (usize, Option<Stop>) {
@@ -362,14 +338,4 @@ fn enable(fd: &OwnedFd, wanted: Features) -> Result<Features, Errno> {
     // SAFETY: the argument has the kernel's layout and lives for the call.
     unsafe { uffdio_api(fd.as_raw_fd(), &raw mut argument) }?;
     Ok(Features(argument.features))
-}
-
-/// The crate's errors carry an errno of an older `nix`; only the number crosses.
-fn crate_error(error: userfaultfd::Error) -> io::Error {
-    match error {
-        userfaultfd::Error::SystemError(errno)
-        | userfaultfd::Error::CopyFailed(errno)
-        | userfaultfd::Error::ZeropageFailed(errno) => io::Error::from_raw_os_error(errno as i32),
-        other => io::Error::other(other.to_string()),
-    }
 }

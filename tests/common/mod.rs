@@ -237,3 +237,46 @@ pub fn in_child(test: &str, name: &str, scene: impl FnOnce()) -> Scene {
     assert!(!printed.contains("running 0 tests"), "there is no test called {test}: {printed}");
     Scene(Some((output.status, printed)))
 }
+
+/// Lets children of fork(2) inherit a region, against what it was opened with.
+pub fn inherit(region: &Region) {
+    let start = std::ptr::NonNull::new(region.as_ptr().cast()).unwrap();
+    // SAFETY: changes neither content nor address of the region's own range.
+    unsafe { nix::sys::mman::madvise(start, region.len(), nix::sys::mman::MmapAdvise::MADV_DOFORK) }.unwrap();
+}
+
+/// How a child is made: by the bare system call, or by the C library's fork(3), which keeps the allocator's locks until the kernel's message about the
+/// child was read.
+pub const FORKS: [fn() -> libc::pid_t; 2] = [clone, fork];
+
+fn clone() -> libc::pid_t {
+    // SAFETY: no flag but the signal at the child's end: a copy of the process, whose one thread only does what `ended` lets it.
+    let child = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
+    libc::pid_t::try_from(child).unwrap()
+}
+
+pub fn fork() -> libc::pid_t {
+    // SAFETY: as above.
+    unsafe { libc::fork() }
+}
+
+/// How a forked child ends whose last act is `act`, which must make no call that is forbidden there (signal-safety(7)): its code, or the signal.
+pub fn ended(fork: fn() -> libc::pid_t, act: impl FnOnce() -> i32) -> Result<i32, i32> {
+    let child = fork();
+    assert!(child >= 0, "no child: {}", std::io::Error::last_os_error());
+    if child == 0 {
+        let code = act();
+        // SAFETY: ends the child and runs nothing else.
+        unsafe { libc::_exit(code) };
+    }
+    let mut status = 0;
+    // SAFETY: `status` is valid for the call.
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    if libc::WIFEXITED(status) { Ok(libc::WEXITSTATUS(status)) } else { Err(libc::WTERMSIG(status)) }
+}
+
+/// What a forked child finds in the first byte at an address: the byte, or the signal that the touch raised.
+pub fn seen_by_a_child(fork: fn() -> libc::pid_t, address: usize) -> Result<i32, i32> {
+    // SAFETY: a signal is one of the answers, for what is missing and for what is not mapped.
+    ended(fork, || unsafe { (address as *const u8).read_volatile() }.into())
+}
