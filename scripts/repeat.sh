@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Runs the tests of concurrency again and again: an order of events that fails once in a hundred runs passes `cargo test` on most days.
-# Usage: scripts/repeat.sh [TIMES, default 200] [TEST FILE..., default all that meet real page faults]
+# Usage: scripts/repeat.sh [TIMES, default 200] [TEST FILE..., default those that meet page faults and peers and take seconds]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 times=${1:-200}
 shift $(($# > 0))
 tests=("$@")
-((${#tests[@]})) || tests=(faults discard loss endings fetching)
+((${#tests[@]})) || tests=(faults discard loss endings fetching forks net)
 export REQUIRE_UFFD=1
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
