@@ -1,8 +1,7 @@
-//! Answers the requests of one connection.
+//! One connection's state at the server, and what each of its streams is for.
 //!
-//! Role: hop *serve*: decode, bounds, read, reply. Neighbours: `server` accepts the streams; stores give the pages. Invariants: S7: lengths are bounded before
-//! memory is taken, extents are checked against the region, a frame that breaks the protocol closes the connection; a page sent because it was
-//! demanded is left out of a bulk read that has yet to reach it.
+//! Role: hop *serve*: a stream's first frame, and the control stream. Neighbours: `server` accepts the streams; `lane` answers requests and `pull` streams bulk reads, both
+//! from the stores opened here. Invariants: S7: a peer reaches what it was granted and nothing else, a frame that breaks the protocol closes the connection.
 
 mod lane;
 mod pull;
