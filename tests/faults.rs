@@ -83,6 +83,26 @@ fn sixty_four_threads_get_every_byte() {
     }
 }
 
+/// Pages that come while others are on their way are put in place first and their waiters woken after.
+#[test]
+fn threads_whose_pages_come_together_all_wake() {
+    if !uffd() {
+        return;
+    }
+    let _watchdog = watchdog();
+    let store = gated(PAGES);
+    let region = page_by_page(&store);
+    std::thread::scope(|scope| {
+        for page in 0..8 {
+            let region = &region;
+            scope.spawn(move || assert_page(region, page));
+        }
+        until("all of them are asked for", || store.waiting().len() == 8);
+        store.open();
+    });
+    assert_eq!(region.residency().resident, 8);
+}
+
 #[test]
 fn threads_that_fault_on_one_page_share_its_request() {
     if !uffd() {
