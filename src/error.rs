@@ -167,6 +167,26 @@ pub enum RegionError {
         /// What the store met last.
         cause: StoreError,
     },
+    /// Writes cannot be followed here; the text says why and what to do.
+    #[error("writes cannot be followed: {reason}; {remedy}")]
+    NoTracker {
+        /// What was met.
+        reason: String,
+        /// What to do about it.
+        remedy: String,
+    },
+    /// Somebody follows the writes to this region already.
+    #[error("the writes to region {region:?} are followed already; drop the other `Tracking` first")]
+    AlreadyTracked {
+        /// Its name.
+        region: String,
+    },
+    /// This tracker cannot be asked while the program writes.
+    #[error("{tracker} cannot be asked while the program runs: pause it, and take with `Program::Paused`")]
+    MustPause {
+        /// Which tracker.
+        tracker: crate::TrackerKind,
+    },
     /// The pager of this region has stopped.
     #[error("the pager has stopped; open the region with a new one")]
     PagerStopped,

@@ -33,11 +33,11 @@ pub use net::{
     Grant, Identity, IdentityError, Peer, PeerBuilder, PeerId, PeerIdError, RemoteStore, Server, ServerBuilder, TransportOptions,
     Trust,
 };
-pub use options::{FaultAround, Loss, LossPolicy, OnLoss, PagerOptions, RegionEvent, Verdict};
+pub use options::{FaultAround, Loss, LossPolicy, OnLoss, PagerOptions, RegionEvent, TrackerKind, Verdict};
 pub use page::{Extent, PageSize};
 pub use page_store::{Content, PULL_EXTENT_BYTES, PageStore, Pull, ReadAfterRead, Run};
 pub use pager::Pager;
-pub use region::{Capabilities, Region, RegionBuilder, RegionStore, ResidencySnapshot};
+pub use region::{Capabilities, Program, Region, RegionBuilder, RegionStore, ResidencySnapshot, Tracking, Written};
 pub use service::{DEFAULT_POLL_BUDGET, Service};
 pub use stats::{HOPS, Hop, Hops, Latency, Stats};
 pub use store::{FileStore, MemoryStore};

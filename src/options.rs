@@ -28,11 +28,47 @@ pub struct PagerOptions {
     pub max_in_flight_pages: u64,
     /// What comes with a fault.
     pub fault_around: FaultAround,
+    /// How writes to its regions are followed, if they are ([`Region::track`](crate::Region::track)). Default `None`: the best that the kernel offers, in the order of [`TrackerKind`].
+    pub tracker: Option<TrackerKind>,
+}
+
+/// Ways to learn which pages a program writes, best first.
+///
+/// ```
+/// use pageferry::{PagerOptions, TrackerKind};
+/// let mut options = PagerOptions::default();
+/// options.tracker = Some(TrackerKind::WpSync); // as an older kernel would
+/// assert_eq!(TrackerKind::WpSync.to_string(), "wp-sync");
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TrackerKind {
+    /// Write protection that the kernel lifts by itself (`UFFD_FEATURE_WP_ASYNC` and `PAGEMAP_SCAN`, Linux 6.7). The first write of a page after a take costs about 2 us.
+    WpAsync,
+    /// Write protection that the pager lifts (Linux 5.7). The first write of a page after a take waits for the pager's thread, about 30 us.
+    WpSync,
+    /// The kernel's soft-dirty bits (`CONFIG_MEM_SOFT_DIRTY`). Taking needs a paused program and clears the bits of the whole process, which nothing else may use meanwhile; the first
+    /// take gives all that was ever written; what a store has filled counts as written.
+    SoftDirty,
+}
+
+impl fmt::Display for TrackerKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            TrackerKind::WpAsync => "wp-async",
+            TrackerKind::WpSync => "wp-sync",
+            TrackerKind::SoftDirty => "soft-dirty",
+        })
+    }
 }
 
 impl Default for PagerOptions {
     fn default() -> PagerOptions {
-        PagerOptions { poll_budget: DEFAULT_POLL_BUDGET, max_in_flight_pages: 4096, fault_around: FaultAround::default() }
+        PagerOptions {
+            poll_budget: DEFAULT_POLL_BUDGET,
+            max_in_flight_pages: 4096,
+            fault_around: FaultAround::default(),
+            tracker: None,
+        }
     }
 }
 

@@ -110,7 +110,7 @@ impl Child {
                 Message::Fork { child } => children.push(Child { uffd: self.uffd.of_child(child), missing: self.missing.clone() }),
                 Message::Remap { from, to, len } => self.missing = moved(&self.missing, from, to, len),
                 // Poison wakes who waits; it does not come where nothing is mapped any more, and on what was discarded it does no harm (S1).
-                Message::Fault { .. } | Message::Remove { .. } | Message::Unmap { .. } => {}
+                Message::Fault { .. } | Message::Write { .. } | Message::Remove { .. } | Message::Unmap { .. } => {}
             }
         }
         while let Some((address, len)) = self.missing.pop() {

@@ -14,11 +14,12 @@ use super::{
     requests::{Ask, Asks},
     residency::Residency,
     retry::Outage,
+    tracking::Tracking,
 };
 use crate::{
     Extent, LossPolicy, PageSize, PageStore, PagerOptions, RegionEvent, Service, StoreError,
     stats::{Counters, add},
-    sys::{Attended, Mapping, Message, Userfault},
+    sys::{Attended, Mapping, Message, Trap, Userfault},
 };
 use std::{
     collections::{HashMap, VecDeque},
@@ -71,13 +72,25 @@ pub(super) struct State {
     pub(super) regions: HashMap<RegionId, Entry>,
     /// Fills that the kernel put off.
     pub(super) again: VecDeque<Again>,
+    /// Addresses of pages whose waiting writers the kernel would not let go yet.
+    pub(super) write_again: Vec<usize>,
     pub(super) wakes: Wakes,
+    /// Addresses and lengths of discards that say themselves when they are done, and of which no message has come.
+    pub(super) discarding: Vec<(usize, usize)>,
     next_region: u64,
     /// Read and not served yet: [`Engine::lock_caught_up`] leaves them to the service's thread.
     faults: Vec<Message>,
     pub(super) children: Children,
     /// Set after a panic: whatever is missing is poisoned from then on.
     broken: bool,
+}
+
+impl State {
+    /// Whether a discard says itself when it is done; asked once for each.
+    pub(super) fn announced(&mut self, start: usize, len: usize) -> bool {
+        let found = self.discarding.iter().position(|announced| *announced == (start, len));
+        found.map(|at| self.discarding.swap_remove(at)).is_some()
+    }
 }
 
 /// What the pager knows of a region.
@@ -96,6 +109,8 @@ pub(crate) struct Entry {
     /// Told whenever pages became resident or lost.
     pub(super) changed: Arc<Notify>,
     pub(super) mapping: Weak<Mapping>,
+    /// While its writes are followed.
+    pub(super) tracking: Option<Tracking>,
 }
 
 impl Entry {
@@ -109,11 +124,16 @@ impl Entry {
         mapping: Weak<Mapping>,
     ) -> Entry {
         let (outage, any_lost, changed) = (Outage::default(), Arc::default(), Arc::new(Notify::new()));
-        Entry { name, core, store, loss, outage, cause: None, any_lost, counters, events, changed, mapping }
+        Entry { name, core, store, loss, outage, cause: None, any_lost, counters, events, changed, mapping, tracking: None }
     }
 
     pub(crate) fn residency(&self) -> &Residency {
         self.core.residency()
+    }
+
+    /// Bytes of memory that its pages' state takes.
+    pub(crate) fn heap_bytes(&self) -> usize {
+        self.residency().heap_bytes() + self.tracking.as_ref().map_or(0, Tracking::heap_bytes)
     }
 
     /// The first extent inside `within` that was given up, and why.
@@ -148,6 +168,8 @@ impl Engine {
                 map: AddressMap::new(page),
                 regions: HashMap::new(),
                 again: VecDeque::new(),
+                write_again: Vec::new(),
+                discarding: Vec::new(),
                 wakes: Wakes::default(),
                 next_region: 1,
                 faults: Vec::new(),
@@ -178,7 +200,7 @@ impl Engine {
 
     /// The state with all news applied that was read before: for whoever must find what it did to its mappings itself. Such a call returns when its message is read, which
     /// during a fork may be before the pager has applied it.
-    fn lock_caught_up(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock_caught_up(&self) -> MutexGuard<'_, State> {
         let mut guard = self.lock();
         if self.uffd.has_read_news() {
             let (state, mut messages) = (&mut *guard, Vec::new());
@@ -194,7 +216,9 @@ impl Engine {
     ///
     /// Waits until the kernel's news of earlier mappings are read: the addresses may have been another region's a moment ago, and a message
     /// that says so must not be taken for news of this one.
-    pub(crate) fn join(&self, start: usize, entry: Entry) -> io::Result<RegionId> {
+    ///
+    /// `trap`: what the kernel shall tell of its accesses; `None` leaves the memory as it is.
+    pub(crate) fn join(&self, start: usize, entry: Entry, trap: Option<Trap>) -> io::Result<RegionId> {
         const PACE: Duration = Duration::from_micros(20);
         let extent = entry.core.residency().extent();
         loop {
@@ -205,7 +229,7 @@ impl Engine {
             if self.uffd.is_quiet() {
                 let id = RegionId(state.next_region);
                 state.next_region += 1;
-                self.uffd.register(start, page_len(self.page, extent.count()))?;
+                trap.map_or(Ok(()), |trap| self.uffd.register(start, page_len(self.page, extent.count()), trap))?;
                 state.map.insert(start as u64, Segment { region: id, extent });
                 state.regions.insert(id, entry);
                 return Ok(id);
@@ -232,7 +256,9 @@ impl Engine {
                 let lost = state.regions.get_mut(&id).map(|entry| entry.core.lose(moved)).unwrap_or_default();
                 lost.into_iter().for_each(|extent| self.poison(state, id, extent));
             }
-            state.regions.remove(&id)
+            let entry = state.regions.remove(&id);
+            self.give_back_soft_dirty(state);
+            entry
         };
         if let Some(entry) = &entry {
             entry.changed.notify_waiters();
@@ -268,8 +294,11 @@ impl Engine {
             // A fault may be read before the removal that caused it: news first.
             self.apply_news(state, messages);
             for message in messages.drain(..) {
-                if let Message::Fault { address } = message {
-                    self.fault(state, address, read_at, &mut asks);
+                match message {
+                    Message::Fault { address } => self.fault(state, address, read_at, &mut asks),
+                    Message::Write { address } => self.let_write(state, address),
+                    // Applied above.
+                    _ => {}
                 }
             }
             read
@@ -280,7 +309,7 @@ impl Engine {
 
     /// Applies all messages but faults, in their order: what a child misses is what was missing here when it was made, not what was discarded since.
     fn apply_news(&self, state: &mut State, messages: &mut Vec<Message>) {
-        for message in messages.extract_if(.., |message| !matches!(message, Message::Fault { .. })) {
+        for message in messages.extract_if(.., |message| !matches!(message, Message::Fault { .. } | Message::Write { .. })) {
             match message {
                 Message::Fork { child } => self.forked(state, self.uffd.of_child(child)),
                 removal => self.moved(state, &removal),
@@ -328,14 +357,16 @@ impl Engine {
     fn moved(&self, state: &mut State, message: &Message) {
         let (start, len) = match *message {
             Message::Remove { start, len } => {
+                let announced = state.announced(start, len);
                 for (_, segment) in state.map.within(start as u64, len as u64) {
-                    self.discarded(state, segment.region, segment.extent);
+                    self.discarded(state, segment.region, segment.extent, !announced);
                 }
                 (start, len)
             }
             Message::Unmap { start, len } => {
                 for (_, segment) in state.map.remove(start as u64, len as u64) {
-                    self.discarded(state, segment.region, segment.extent);
+                    // They are gone: this message comes after the deed.
+                    self.discarded(state, segment.region, segment.extent, false);
                 }
                 (start, len)
             }
@@ -343,15 +374,22 @@ impl Engine {
                 state.map.relocate(from as u64, to as u64, len as u64);
                 (from, len)
             }
-            Message::Fault { .. } | Message::Fork { .. } => return,
+            Message::Fault { .. } | Message::Write { .. } | Message::Fork { .. } => return,
         };
         // Their replies are stale now: whoever waits must touch again to be told what holds there now.
         self.uffd.wake(start, len);
     }
 
-    fn discarded(&self, state: &mut State, id: RegionId, extent: Extent) {
+    /// `in_doubt`: the kernel drops the pages at some time after this.
+    fn discarded(&self, state: &mut State, id: RegionId, extent: Extent, in_doubt: bool) {
         if let Some(entry) = state.regions.get_mut(&id) {
             entry.core.discarded(extent);
+            if let Some(tracking) = &mut entry.tracking {
+                tracking.written.wrote(extent);
+                if in_doubt {
+                    tracking.written.doubt(extent);
+                }
+            }
             add(&entry.counters.pages_discarded, extent.count());
             entry.changed.notify_waiters();
         }

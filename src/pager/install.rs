@@ -12,9 +12,12 @@ use nix::errno::Errno;
 /// What to put in place.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Fill<'a> {
-    Bytes(&'a [u8]),
-    /// The caller wakes whoever waits for them.
-    BytesAsleep(&'a [u8]),
+    /// `wake`: or the caller wakes whoever waits for them. `protect`: the first write of them is trapped.
+    Bytes {
+        bytes: &'a [u8],
+        wake: bool,
+        protect: bool,
+    },
     Zeros(usize),
     Poison(usize),
 }
@@ -22,15 +25,14 @@ pub(super) enum Fill<'a> {
 impl Fill<'_> {
     fn len(self) -> usize {
         match self {
-            Fill::Bytes(bytes) | Fill::BytesAsleep(bytes) => bytes.len(),
+            Fill::Bytes { bytes, .. } => bytes.len(),
             Fill::Zeros(len) | Fill::Poison(len) => len,
         }
     }
 
     fn call(self, uffd: &Userfault, address: usize, from: usize, to: usize) -> (usize, Option<Stop>) {
         match self {
-            Fill::Bytes(bytes) => uffd.copy(address + from, &bytes[from..to], true),
-            Fill::BytesAsleep(bytes) => uffd.copy(address + from, &bytes[from..to], false),
+            Fill::Bytes { bytes, wake, protect } => uffd.copy(address + from, &bytes[from..to], wake, protect),
             Fill::Zeros(_) => uffd.zero(address + from, to - from),
             Fill::Poison(_) => uffd.poison(address + from, to - from),
         }

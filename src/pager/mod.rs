@@ -2,7 +2,7 @@
 //!
 //! Role: hops *fault*, *decide*, *request*, *reply*, *install*, *wake* of a page's journey. Neighbours: `region` joins it; stores are asked through
 //! [`PageStore`](crate::PageStore); `sys` makes the calls. Invariants: S1-S4 of docs/safety.md; pure decisions in `core`, `residency`, `around`,
-//! `address_map`, `retry`; everything else runs on the service's thread.
+//! `address_map`, `retry`, `written`; everything else runs on the service's thread.
 
 mod address_map;
 mod around;
@@ -19,9 +19,12 @@ mod residency;
 mod retry;
 #[cfg(test)]
 mod tests;
+mod tracker;
+mod tracking;
+mod written;
 
 use crate::{
-    PagerOptions, RegionError, Service,
+    PagerOptions, RegionError, Service, TrackerKind,
     sys::{Features, OpenError, Userfault},
 };
 use std::sync::{Arc, OnceLock};
@@ -72,7 +75,7 @@ impl Pager {
     /// # Errors
     /// As for [`Pager::start`].
     pub fn on(service: Service, options: &PagerOptions) -> Result<Pager, RegionError> {
-        let uffd = open_userfault()?;
+        let uffd = open_userfault(options.tracker)?;
         tracing::debug!(access = ?uffd.access(), features = ?uffd.features(), "userfaultfd opened");
         let (stop, stopped) = oneshot::channel();
         let engine = Engine::start(uffd, service, crate::sys::page_size(), options.clone(), stopped)
@@ -114,7 +117,7 @@ impl std::fmt::Debug for Pager {
 const NEEDED: Features = Features::EVENT_REMAP.and(Features::EVENT_REMOVE).and(Features::EVENT_UNMAP);
 
 /// Opens a descriptor with all that helps and is offered. Each is detected here, never by the kernel's version number.
-fn open_userfault() -> Result<Userfault, RegionError> {
+fn open_userfault(tracker: Option<TrackerKind>) -> Result<Userfault, RegionError> {
     let (_, offered) = Userfault::supported().map_err(|error| explain(&error))?;
     if !offered.contains(NEEDED) {
         return Err(RegionError::NoUserfaultfd {
@@ -122,12 +125,19 @@ fn open_userfault() -> Result<Userfault, RegionError> {
             remedy: "use Linux 5.7 or newer".into(),
         });
     }
+    // The tracker decides: with `WP_ASYNC` the kernel sends no messages of writes.
+    let mut follow = Features::default();
+    for feature in [Features::WRITE_PROTECT, Features::WP_UNPOPULATED, Features::WP_ASYNC] {
+        if offered.contains(feature) && (feature != Features::WP_ASYNC || tracker.is_none_or(|kind| kind == TrackerKind::WpAsync)) {
+            follow = follow.and(feature);
+        }
+    }
     let poison = if offered.contains(Features::POISON) { Features::POISON } else { Features::default() };
     // Fork events need CAP_SYS_PTRACE even where the descriptor does not: try with, then without. Without them a child that inherited
     // a region against MADV_DONTFORK would read zeros.
     let mut refused = None;
     for fork in [Features::EVENT_FORK, Features::default()] {
-        match Userfault::open(NEEDED.and(poison).and(fork)).map_err(|error| explain(&error))? {
+        match Userfault::open(NEEDED.and(follow).and(poison).and(fork)).map_err(|error| explain(&error))? {
             Ok(uffd) => return Ok(uffd),
             Err(errno) => refused = Some(errno),
         }

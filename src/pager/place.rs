@@ -9,6 +9,7 @@ use super::{
     core::Origin,
     engine::{Engine, State},
     install::{Fill, Filled, fill},
+    tracking::Tracking,
 };
 use crate::{Content, Extent, PageSize, stats::add, sys::Features};
 use bytes::Bytes;
@@ -43,9 +44,9 @@ impl Owned {
         }
     }
 
-    fn fill(&self, page: PageSize, pages: u64) -> Fill<'_> {
+    fn fill(&self, page: PageSize, pages: u64, wake: bool, protect: bool) -> Fill<'_> {
         match self {
-            Owned::Bytes(bytes) => Fill::Bytes(bytes),
+            Owned::Bytes(bytes) => Fill::Bytes { bytes, wake, protect },
             Owned::Zeros => Fill::Zeros(page_len(page, pages)),
             Owned::Poison => Fill::Poison(page_len(page, pages)),
         }
@@ -97,10 +98,10 @@ impl Engine {
     ) {
         let start = Instant::now();
         let asleep = state.wakes.later && matches!(what, Owned::Bytes(_));
-        let filled = match &what {
-            Owned::Bytes(bytes) if asleep => fill(&self.uffd, self.page, address, Fill::BytesAsleep(bytes)),
-            _ => fill(&self.uffd, self.page, address, what.fill(self.page, extent.count())),
-        };
+        let tracking = region.and_then(|id| state.regions.get(&id)).and_then(|entry| entry.tracking.as_ref());
+        // What was brought is no write: it comes protected, so that the first write to it is seen.
+        let protect = tracking.is_some_and(Tracking::traps_writes);
+        let filled = fill(&self.uffd, self.page, address, what.fill(self.page, extent.count(), !asleep, protect));
         let Filled { again_from, already_here, gone, failed, calls } = filled;
         let stopped = again_from.or(failed.map(|(from, _)| from));
         let done = stopped.map_or(extent.count(), |from| self.page.page_of(from as u64));
@@ -123,6 +124,12 @@ impl Engine {
                 (Owned::Bytes(_), Origin::Demand) => add(&counters.pages_demand, installed),
                 (Owned::Bytes(_), Origin::Around) => add(&counters.pages_around, installed),
                 (Owned::Bytes(_), Origin::Pull) => add(&counters.pages_pull, installed),
+            }
+            if let Owned::Zeros = what
+                && let Some(tracking) = &mut entry.tracking
+            {
+                // The kernel installs no protected page of zeros, so a write to it may go unseen.
+                tracking.written.wrote(now);
             }
             if !matches!(what, Owned::Poison) {
                 entry.core.installed(now);
@@ -190,6 +197,9 @@ impl Engine {
         let state = &mut *guard;
         let mut asks = Vec::new();
         self.settle_children(state);
+        for address in std::mem::take(&mut state.write_again) {
+            self.let_write(state, address);
+        }
         for _ in 0..state.again.len() {
             let Some(Again { region, address, extent, what, origin }) = state.again.pop_front() else { break };
             let Some(id) = region else {
@@ -219,7 +229,7 @@ impl Engine {
             }
             changed.notify_waiters();
         }
-        let left = !state.again.is_empty() || !state.children.all_settled();
+        let left = !state.again.is_empty() || !state.write_again.is_empty() || !state.children.all_settled();
         drop(guard);
         asks.into_iter().for_each(|ask| self.request(ask));
         left

@@ -6,7 +6,7 @@
 use crate::Extent;
 use bitvec::prelude::{BitSlice, BitVec, Lsb0};
 
-type Plane = BitVec<u64, Lsb0>;
+pub(super) type Plane = BitVec<u64, Lsb0>;
 
 /// See the module header.
 #[derive(Clone, Debug)]
@@ -111,6 +111,15 @@ impl Residency {
         self.runs(within, |this, page| this.lost[page])
     }
 
+    pub(crate) fn any_lost(&self) -> bool {
+        self.lost.any()
+    }
+
+    /// Extents inside `within` that were not lost.
+    pub(crate) fn not_lost(&self, within: Extent) -> impl Iterator<Item = Extent> + '_ {
+        self.runs(within, |this, page| !this.lost[page])
+    }
+
     /// Extents inside `within` that hold data.
     pub(crate) fn resident(&self, within: Extent) -> impl Iterator<Item = Extent> + '_ {
         self.runs(within, |this, page| this.resident[page])
@@ -153,11 +162,11 @@ impl Residency {
 
 /// Page numbers index bits: a region's pages fit in memory many times over, so they fit `usize`.
 #[allow(clippy::cast_possible_truncation, reason = "a page number of a region of this process is far below usize::MAX")]
-fn index(page: u64) -> usize {
+pub(super) fn index(page: u64) -> usize {
     page as usize
 }
 
-fn slice(plane: &mut Plane, extent: Extent) -> &mut BitSlice<u64, Lsb0> {
+pub(super) fn slice(plane: &mut Plane, extent: Extent) -> &mut BitSlice<u64, Lsb0> {
     let end = index(extent.end()).min(plane.len());
     let first = index(extent.first()).min(end);
     &mut plane[first..end]

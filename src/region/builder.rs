@@ -6,14 +6,13 @@
 use super::{Inner, Paged, Region};
 use crate::{
     FaultAround, LossPolicy, PageStore, Pager, RegionError,
-    pager::{Around, Core, Entry},
-    sys::{MapAt, Mapping, page_size},
+    pager::{Around, Core},
+    sys::{MapAt, Mapping, Trap, page_size},
 };
-use std::{num::NonZeroUsize, sync::Arc};
-use tokio::sync::broadcast;
-
-/// Receivers of region events that fall this far behind miss the oldest.
-const EVENTS_KEPT: usize = 64;
+use std::{
+    num::NonZeroUsize,
+    sync::{Arc, OnceLock},
+};
 
 /// See [`Region::builder`].
 ///
@@ -85,7 +84,7 @@ impl RegionBuilder {
         self
     }
 
-    /// Which pager answers its faults. Default: [`Pager::shared`].
+    /// Which pager answers its faults, and follows its writes. Default: [`Pager::shared`].
     #[must_use]
     pub fn pager(mut self, pager: &Pager) -> RegionBuilder {
         self.pager = Some(pager.clone());
@@ -145,18 +144,11 @@ impl RegionBuilder {
         let paged = match self.store {
             None => None,
             Some(store) => {
-                let pager = self.pager.map_or_else(Pager::shared, Ok)?;
+                let pager = self.pager.clone().map_or_else(Pager::shared, Ok)?;
                 let around = self.fault_around.unwrap_or(pager.options().fault_around);
                 let around = Around::new(around.base_pages, around.max_pages);
                 let core = Core::new(pages, false, around, pager.options().max_in_flight_pages);
-                let counters = Arc::default();
-                let events = broadcast::Sender::new(EVENTS_KEPT);
-                let weak = Arc::downgrade(&mapping);
-                let entry = Entry::new(self.name.clone(), core, store, self.loss, Arc::clone(&counters), events.clone(), weak);
-                let any_lost = entry.any_lost.clone();
-                let joined = pager.engine().join(mapping.address(), entry);
-                let id = joined.map_err(|error| RegionError::system("registering with userfaultfd", error))?;
-                Some(Paged { pager, id, counters, any_lost, events })
+                Some(Paged::join(&self.name, &mapping, pager, core, store, self.loss, Some(Trap::Missing))?)
             }
         };
         Ok(Region {
@@ -167,6 +159,8 @@ impl RegionBuilder {
                 fixed: self.address.is_some(),
                 mapping: Some(mapping),
                 paged,
+                followed: OnceLock::new(),
+                follower: self.pager,
             }),
         })
     }

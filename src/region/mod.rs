@@ -6,18 +6,19 @@
 mod builder;
 mod capabilities;
 mod serve;
+mod tracking;
 
 use crate::{
-    Extent, Hops, PageSize, Pager, RegionError, RegionEvent, Stats,
-    pager::{Engine, RegionId},
+    Extent, Hops, LossPolicy, PageSize, PageStore, Pager, RegionError, RegionEvent, Stats,
+    pager::{Core, Engine, Entry, RegionId},
     stats::Counters,
-    sys::Mapping,
+    sys::{Mapping, Trap},
 };
 use std::{
     mem::ManuallyDrop,
     ops::Range,
     sync::{
-        Arc, Weak,
+        Arc, OnceLock, Weak,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
 };
@@ -26,6 +27,7 @@ use tokio::sync::broadcast;
 pub use builder::RegionBuilder;
 pub use capabilities::Capabilities;
 pub use serve::RegionStore;
+pub use tracking::{Program, Tracking, Written};
 
 /// A page-aligned range of this process's memory. Cheap to clone; the memory goes with the last clone.
 ///
@@ -75,15 +77,45 @@ struct Inner {
     /// `None` only while the drop unmaps it.
     mapping: Option<Arc<Mapping>>,
     paged: Option<Paged>,
+    /// Of a region without a store, from when its writes are first followed.
+    followed: OnceLock<Paged>,
+    /// Who is to follow them.
+    follower: Option<Pager>,
 }
 
-/// The part of a region that a pager fills.
+/// The part of a region that a pager fills, or follows.
 struct Paged {
     pager: Pager,
     id: RegionId,
     counters: Arc<Counters>,
     any_lost: Arc<AtomicBool>,
     events: broadcast::Sender<RegionEvent>,
+    /// Whether a discard shall say when it is done.
+    tracked: AtomicBool,
+}
+
+/// Receivers of region events that fall this far behind miss the oldest.
+const EVENTS_KEPT: usize = 64;
+
+impl Paged {
+    fn join(
+        name: &str,
+        mapping: &Arc<Mapping>,
+        pager: Pager,
+        core: Core,
+        store: Arc<dyn PageStore>,
+        loss: LossPolicy,
+        trap: Option<Trap>,
+    ) -> Result<Paged, RegionError> {
+        let counters = Arc::default();
+        let events = broadcast::Sender::new(EVENTS_KEPT);
+        let weak = Arc::downgrade(mapping);
+        let entry = Entry::new(name.to_owned(), core, store, loss, Arc::clone(&counters), events.clone(), weak);
+        let any_lost = entry.any_lost.clone();
+        let joined = pager.engine().join(mapping.address(), entry, trap);
+        let id = joined.map_err(|error| RegionError::system("registering with userfaultfd", error))?;
+        Ok(Paged { pager, id, counters, any_lost, events, tracked: AtomicBool::new(false) })
+    }
 }
 
 /// Counts of pages by state; they add up to `pages`.
@@ -275,7 +307,16 @@ impl Region {
             return Ok(());
         }
         let len = usize::try_from(extent.bytes(self.inner.page)).unwrap_or(usize::MAX);
-        self.mapping().discard(self.inner.page.offset_of(extent.first()), len)
+        let offset = self.inner.page.offset_of(extent.first());
+        let Some(joined) = self.joined().filter(|joined| joined.tracked.load(Ordering::Acquire)) else {
+            return self.mapping().discard(offset, len);
+        };
+        #[allow(clippy::cast_possible_truncation, reason = "inside the mapping")]
+        let start = self.mapping().address() + offset as usize;
+        joined.pager.engine().discarding(joined.id, start, len);
+        let discarded = self.mapping().discard(offset, len);
+        joined.pager.engine().was_discarded(joined.id, extent, start, len);
+        discarded
     }
 
     /// How many pages are in which state, now.
@@ -318,8 +359,8 @@ impl Region {
     /// Bytes of memory that following this region's pages takes, beside the pages themselves.
     #[must_use]
     pub fn overhead_bytes(&self) -> usize {
-        let look = |paged: &Paged| paged.pager.engine().with_entry(paged.id, |entry| entry.residency().heap_bytes());
-        self.inner.paged.as_ref().and_then(look).unwrap_or(0) + size_of::<Inner>() + size_of::<Counters>()
+        let look = |paged: &Paged| paged.pager.engine().with_entry(paged.id, |entry| entry.heap_bytes());
+        self.joined().and_then(look).unwrap_or(0) + size_of::<Inner>() + size_of::<Counters>()
     }
 
     /// News of this region from now on. A receiver that falls 64 events behind misses the oldest.
@@ -365,7 +406,7 @@ impl std::fmt::Debug for Region {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        let (mapping, Some(paged)) = (self.mapping.take(), self.paged.take()) else { return };
+        let (mapping, Some(paged)) = (self.mapping.take(), self.paged.take().or_else(|| self.followed.take())) else { return };
         let Some((start, len)) = mapping.as_ref().map(|mapping| (mapping.address(), mapping.len())) else { return };
         let on_its_thread = paged.pager.service().is_current();
         paged.pager.engine().leave(paged.id, start, len);

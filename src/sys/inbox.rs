@@ -15,11 +15,29 @@ use userfaultfd::{Error, Event, EventBuffer, FaultKind, Uffd};
 /// One message of the kernel, addresses as numbers.
 #[derive(Debug)]
 pub(crate) enum Message {
-    Fault { address: usize },
-    Remove { start: usize, len: usize },
-    Unmap { start: usize, len: usize },
-    Remap { from: usize, to: usize, len: usize },
-    Fork { child: Child },
+    Fault {
+        address: usize,
+    },
+    /// A thread waits to write a page that is write-protected.
+    Write {
+        address: usize,
+    },
+    Remove {
+        start: usize,
+        len: usize,
+    },
+    Unmap {
+        start: usize,
+        len: usize,
+    },
+    Remap {
+        from: usize,
+        to: usize,
+        len: usize,
+    },
+    Fork {
+        child: Child,
+    },
 }
 
 /// The descriptor of a forked child; closing it before its missing pages are settled would show zeros to the child.
@@ -133,7 +151,7 @@ impl Waiting {
                         events += 1;
                         match event.ok().and_then(message) {
                             Some(message) => {
-                                self.news |= !matches!(message, Message::Fault { .. });
+                                self.news |= !matches!(message, Message::Fault { .. } | Message::Write { .. });
                                 self.messages.push(message);
                             }
                             None => self.unknown += 1,
@@ -165,6 +183,8 @@ impl std::fmt::Debug for Waiting {
 fn message(event: Event) -> Option<Message> {
     Some(match event {
         Event::Pagefault { kind: FaultKind::Missing, addr, .. } => Message::Fault { address: addr as usize },
+        Event::Pagefault { kind: FaultKind::WriteProtected, addr, .. } => Message::Write { address: addr as usize },
+        #[allow(unreachable_patterns, reason = "the kinds depend on the crate's features")]
         Event::Pagefault { .. } => return None,
         Event::Fork { uffd } => Message::Fork { child: Child(uffd) },
         Event::Remap { from, to, len } => Message::Remap { from: from as usize, to: to as usize, len },

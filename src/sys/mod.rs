@@ -1,19 +1,21 @@
 //! The only unsafe code: mappings, userfaultfd and the ioctls that its crate lacks.
 //!
 //! Role: turns system calls into safe functions that return outcomes instead of errnos. Neighbours: used by `pager` (userfault,
-//! install), `region` (mapping) and `net` (watch); imports only the words. Invariants that SAFETY comments cite:
+//! install, pagemap), `region` (mapping) and `net` (watch); imports only the words. Invariants that SAFETY comments cite:
 //! M1 a [`Mapping`] owns its address range from creation to drop: `start..start + len` stays reserved for it;
 //! M2 no `&[u8]` or `&mut [u8]` of a mapping is ever made here: bytes are read and written as relaxed atomics or by the kernel (S8);
-//! U1 a [`Userfault`] is registered only on ranges of a [`Mapping`], and its ioctls only fill missing pages of such ranges.
+//! U1 a [`Userfault`] is registered only on ranges of a [`Mapping`], and its ioctls only fill missing pages of such ranges, or change whether they are write-protected.
 
 mod forks;
 mod inbox;
 mod mapping;
+mod pagemap;
 mod userfault;
 mod watch;
 
 pub(crate) use forks::Attended;
 pub(crate) use inbox::Message;
 pub(crate) use mapping::{MapAt, Mapping, page_size};
-pub(crate) use userfault::{Access, Features, OpenError, Stop, Userfault};
+pub(crate) use pagemap::Pagemap;
+pub(crate) use userfault::{Access, Features, OpenError, Stop, Trap, Userfault};
 pub(crate) use watch::watch;

@@ -1,6 +1,6 @@
 //! A userfaultfd descriptor: open, register, install, poison, wake.
 //!
-//! Role: hops *fault* (messages are read by its `inbox`) and *install*/*wake* (ioctls) of a page's journey. Neighbours: `pager` calls it and
+//! Role: hops *fault* (messages are read by its `inbox`) and *install*/*wake* (ioctls) of a page's journey; write protection for trackers. Neighbours: `pager` calls it and
 //! decides; no decision above reads an errno. Invariants: U1 of `sys`; the descriptor is non-blocking (poll on a blocking one
 //! answers POLLERR) and closed only when no registered page that should hold data is missing (S1, kept by `pager`).
 //!
@@ -20,7 +20,7 @@ use std::{
     sync::Arc,
 };
 use tokio::io::{Interest, unix::AsyncFd};
-use userfaultfd::Uffd;
+use userfaultfd::{RegisterMode, Uffd};
 
 /// How the descriptor was obtained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +69,14 @@ impl Features {
     }
 }
 
+/// Which accesses of a range are told or followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Trap {
+    Missing,
+    Writes,
+    MissingAndWrites,
+}
+
 /// Why an install stopped before its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stop {
@@ -96,6 +104,9 @@ const API: u64 = 0xAA;
 const COPY_OR_ZERO_DONE_AT_START: i64 = 0;
 /// The caller wakes the waiters (linux/userfaultfd.h).
 const COPY_MODE_DONTWAKE: u64 = 1;
+/// What is installed is write-protected from its first moment.
+const COPY_MODE_WP: u64 = 2;
+const WRITEPROTECT_MODE_WP: u64 = 1;
 
 #[repr(C)]
 struct ApiArgument {
@@ -122,11 +133,20 @@ struct FillArgument {
     done: i64,
 }
 
+#[repr(C)]
+struct WriteProtectArgument {
+    start: u64,
+    len: u64,
+    mode: u64,
+}
+
 const _: () = assert!(size_of::<ApiArgument>() == 24 && size_of::<CopyArgument>() == 40 && size_of::<FillArgument>() == 32);
+const _: () = assert!(size_of::<WriteProtectArgument>() == 24);
 
 nix::ioctl_readwrite!(uffdio_api, 0xAA, 0x3F, ApiArgument);
 nix::ioctl_readwrite!(uffdio_copy, 0xAA, 0x03, CopyArgument);
 nix::ioctl_readwrite!(uffdio_zeropage, 0xAA, 0x04, FillArgument);
+nix::ioctl_readwrite!(uffdio_writeprotect, 0xAA, 0x06, WriteProtectArgument);
 nix::ioctl_readwrite!(uffdio_poison, 0xAA, 0x08, FillArgument);
 
 impl Userfault {
@@ -157,9 +177,24 @@ impl Userfault {
         self.features
     }
 
-    /// Asks for faults on missing pages of a mapping's range.
-    pub(crate) fn register(&self, start: usize, len: usize) -> io::Result<()> {
-        self.uffd().register(start as *mut _, len).map(|_| ()).map_err(crate_error)
+    /// Asks for what `trap` says of a mapping's range. A range that is registered already traps just that from then on.
+    pub(crate) fn register(&self, start: usize, len: usize, trap: Trap) -> io::Result<()> {
+        let mode = match trap {
+            Trap::Missing => RegisterMode::MISSING,
+            Trap::Writes => RegisterMode::WRITE_PROTECT,
+            Trap::MissingAndWrites => RegisterMode::MISSING | RegisterMode::WRITE_PROTECT,
+        };
+        self.uffd().register_with_mode(start as *mut _, len, mode).map(|_| ()).map_err(crate_error)
+    }
+
+    /// Write-protects the pages that are there, or, with [`Features::WP_UNPOPULATED`], all; or lets them be written and wakes whoever waits to
+    /// (UFFDIO_WRITEPROTECT(2const)). Why it stopped, if it did: some pages may be done then.
+    pub(crate) fn write_protect(&self, start: usize, len: usize, protect: bool) -> Option<Stop> {
+        let mode = if protect { WRITEPROTECT_MODE_WP } else { 0 };
+        let mut argument = WriteProtectArgument { start: start as u64, len: len as u64, mode };
+        // SAFETY: the kernel changes the protection of pages in ranges registered here (U1), not their content.
+        let result = self.inbox.unless_news(|| unsafe { uffdio_writeprotect(self.raw(), &raw mut argument) });
+        result.err().map(stop)
     }
 
     /// Whether every change of the mappings so far has been read as a message and taken. While one has not been read, the kernel refuses every fill, one of
@@ -206,14 +241,15 @@ impl Userfault {
     }
 
     /// Fills missing pages from `start` with `bytes` (whole pages) and wakes their waiters (UFFDIO_COPY(2const)), unless `wake` is false and the caller
-    /// [wakes](Userfault::wake) them. Returns how many bytes are in place, and why it stopped if that is not all.
-    pub(crate) fn copy(&self, start: usize, bytes: &[u8], wake: bool) -> (usize, Option<Stop>) {
+    /// [wakes](Userfault::wake) them; write-protected, if `protect`, which takes a range whose writes are trapped. Returns how many bytes are in place, and why it stopped
+    /// if that is not all.
+    pub(crate) fn copy(&self, start: usize, bytes: &[u8], wake: bool, protect: bool) -> (usize, Option<Stop>) {
         advance(bytes.len(), |done| {
             let mut argument = CopyArgument {
                 dst: (start + done) as u64,
                 src: bytes.as_ptr() as u64 + done as u64,
                 len: (bytes.len() - done) as u64,
-                mode: if wake { 0 } else { COPY_MODE_DONTWAKE },
+                mode: if wake { 0 } else { COPY_MODE_DONTWAKE } | if protect { COPY_MODE_WP } else { 0 },
                 copy: COPY_OR_ZERO_DONE_AT_START,
             };
             // SAFETY: the kernel reads `bytes` inside its bounds and writes only missing pages of ranges registered here (U1).
@@ -285,17 +321,21 @@ fn advance(len: usize, mut call: impl FnMut(usize) -> (nix::Result<i32>, i64)) -
                     }
                     continue;
                 }
-                _ => match errno {
-                    Errno::EEXIST => Stop::AlreadyHere,
-                    // ENOMEM is the memory cgroup's limit being met: reclaim may help.
-                    Errno::EAGAIN | Errno::EINTR | Errno::ENOMEM => Stop::Again,
-                    Errno::ENOENT => Stop::Gone,
-                    Errno::ESRCH | Errno::ENOSPC => Stop::Exited,
-                    other => Stop::Failed(other),
-                },
+                _ => stop(errno),
             },
         };
         return (done, Some(stop));
+    }
+}
+
+fn stop(errno: Errno) -> Stop {
+    match errno {
+        Errno::EEXIST => Stop::AlreadyHere,
+        // ENOMEM is the memory cgroup's limit being met: reclaim may help.
+        Errno::EAGAIN | Errno::EINTR | Errno::ENOMEM => Stop::Again,
+        Errno::ENOENT => Stop::Gone,
+        Errno::ESRCH | Errno::ENOSPC => Stop::Exited,
+        other => Stop::Failed(other),
     }
 }
 

@@ -18,6 +18,7 @@ const IO: &[&str] = &["store", "pager", "net", "block"];
 const PURE: &[&str] = &[
     "pager::core",
     "pager::residency",
+    "pager::written",
     "pager::around",
     "pager::address_map",
     "pager::retry",
