@@ -147,7 +147,7 @@ fn region_hops(region: &Region, times: &Times) -> Result<[f64; 6]> {
     Ok([touch - total, decide, store, install, total - decide - store - install, touch])
 }
 
-/// The same over QUIC, from one thread and from eight.
+/// The same over QUIC, from one thread and from eight, by ends that poll and by ends that sleep.
 mod quic {
     use super::{Case, FaultAround, Image, Region, Result, region_hops, touch, touch_region};
     use crate::common::{
@@ -155,7 +155,12 @@ mod quic {
         quic::{Ferry, check, peer_hop_means_us},
         server::{Content, Server},
     };
-    use std::{cell::RefCell, sync::atomic::Ordering::Relaxed, time::Instant};
+    use pageferry::DEFAULT_POLL_BUDGET;
+    use std::{
+        cell::RefCell,
+        sync::atomic::Ordering::Relaxed,
+        time::{Duration, Instant},
+    };
 
     const KEYS: [&str; 12] = [
         "quic_us_p50",
@@ -182,22 +187,28 @@ mod quic {
             Ok(Quic { server: RefCell::new(Server::start(Content::Incompressible, bytes, seed)?) })
         }
 
-        pub(crate) fn cases<'a>(&'a self, order: &'a impl Fn(u64) -> Vec<u64>) -> [Case<'a>; 2] {
+        pub(crate) fn cases<'a>(&'a self, order: &'a impl Fn(u64) -> Vec<u64>) -> [Case<'a>; 4] {
+            const SLEEPING: Duration = Duration::ZERO;
             [
-                Case::new(KEYS, |round| self.one(&order(round))),
-                Case::new(["quic8_pages_s"], |round| Ok(vec![self.eight(&order(round))?])),
+                Case::new(KEYS, |round| self.one(&order(round), DEFAULT_POLL_BUDGET)),
+                Case::new(["quic8_pages_s"], |round| Ok(vec![self.eight(&order(round), DEFAULT_POLL_BUDGET)?])),
+                Case::new(["quic_sleeping_us_p50", "quic_sleeping_us_p99"], |round| {
+                    Ok(self.one(&order(round), SLEEPING)?[..2].to_vec())
+                }),
+                Case::new(["quic8_sleeping_pages_s"], |round| Ok(vec![self.eight(&order(round), SLEEPING)?])),
             ]
         }
 
-        fn one(&self, order: &[u64]) -> Result<Vec<f64>> {
-            let (ferry, region) = self.region()?;
+        /// Figures in the order of [`KEYS`].
+        fn one(&self, order: &[u64], poll_budget: Duration) -> Result<Vec<f64>> {
+            let (ferry, region) = self.region(poll_budget)?;
             let mut times = touch_region(self.server.borrow().image(), &region, order)?;
             let hops = region_hops(&region, &times)?;
             Ok([&times.p50_p99_us()[..], &hops, &peer_hop_means_us(&ferry.peer)].concat())
         }
 
-        fn eight(&self, order: &[u64]) -> Result<f64> {
-            let (_ferry, region) = self.region()?;
+        fn eight(&self, order: &[u64], poll_budget: Duration) -> Result<f64> {
+            let (_ferry, region) = self.region(poll_budget)?;
             let server = self.server.borrow();
             let image: &Image = server.image();
             let words = region.atomics_u64(0, region.len() / 8)?;
@@ -214,8 +225,8 @@ mod quic {
             Ok(rate)
         }
 
-        fn region(&self) -> Result<(Ferry, Region)> {
-            let ferry = Ferry::connect(&mut self.server.borrow_mut(), Options::Tuned { mtu: JUMBO_MTU })?;
+        fn region(&self, poll_budget: Duration) -> Result<(Ferry, Region)> {
+            let ferry = Ferry::connect(&mut self.server.borrow_mut(), Options::Tuned { mtu: JUMBO_MTU }, poll_budget)?;
             let region = ferry.region().fault_around(FaultAround::OFF).open()?;
             Ok((ferry, region))
         }

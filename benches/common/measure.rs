@@ -54,8 +54,17 @@ impl Series {
 pub struct Measured {
     pub series: Vec<Series>,
     pub rounds: usize,
+    /// Keys that follow from the medians.
+    pub derived: Vec<(&'static str, f64)>,
     /// What a reader has to know about this run.
     pub notes: Vec<String>,
+}
+
+impl Measured {
+    /// A key's median, if it was measured.
+    pub fn median(&self, key: &str) -> Option<f64> {
+        self.series.iter().find(|series| series.key == key).map(Series::median)
+    }
 }
 
 /// Runs the cases in turns, every second round in the opposite order, and checks that each key got its figure.
@@ -89,7 +98,7 @@ pub fn in_rounds(args: &Args, rounds: usize, cases: Vec<Case<'_>>) -> Result<Mea
     }
     let mut series: Vec<Series> = series.into_iter().flatten().collect();
     series.iter_mut().for_each(|series| series.sorted.sort_by(f64::total_cmp));
-    Ok(Measured { series, rounds, notes: Vec::new() })
+    Ok(Measured { series, rounds, derived: Vec::new(), notes: Vec::new() })
 }
 
 /// Times of single events.

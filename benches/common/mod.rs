@@ -6,6 +6,7 @@
 #![allow(dead_code, reason = "each bench uses a part")]
 
 pub mod args;
+pub mod bounds;
 pub mod far_end;
 pub mod goals;
 pub mod measure;

@@ -62,6 +62,10 @@ enum Kind {
     Incompressible,
 }
 
+/// Shares of a VM-like image; the rest is incompressible.
+pub const ZERO_PERCENT: u64 = 40;
+pub const TEXT_PERCENT: u64 = 30;
+
 /// The content of a number of pages.
 pub struct Image {
     seed: u64,
@@ -79,7 +83,8 @@ impl Image {
     pub fn vm_like(bytes: u64, seed: u64) -> Image {
         let pages = bytes / PAGE_BYTES;
         let mut random = Random::new(seed, u64::MAX);
-        let mut left = [(Kind::Zero, pages * 2 / 5), (Kind::Text, pages * 3 / 10), (Kind::Incompressible, 0)];
+        let mut left =
+            [(Kind::Zero, pages * ZERO_PERCENT / 100), (Kind::Text, pages * TEXT_PERCENT / 100), (Kind::Incompressible, 0)];
         left[2].1 = pages - left[0].1 - left[1].1;
         let mut kinds = Vec::with_capacity(pages as usize);
         // Each run's kind is drawn by what is left of each, so that the shares come out exactly.
@@ -146,6 +151,19 @@ impl Image {
             }
         }
         Ok(())
+    }
+
+    /// The first `bytes_max` of the text, in runs that end where pages of another kind begin and at multiples of `step_pages`, as a bulk read cuts them.
+    pub fn text_runs(&self, step_pages: u64, bytes_max: usize) -> Vec<Vec<u8>> {
+        let kinds = self.vm.iter().flat_map(|(kinds, _)| kinds);
+        let pages: Vec<u64> = (0..).zip(kinds).filter(|(_, kind)| **kind == Kind::Text).map(|(page, _)| page).collect();
+        let pages = &pages[..pages.len().min(bytes_max / PAGE)];
+        let run_of = |run: &[u64]| {
+            let mut bytes = vec![0; run.len() * PAGE];
+            run.iter().zip(bytes.chunks_exact_mut(PAGE)).for_each(|(page, into)| self.fill(*page, into));
+            bytes
+        };
+        pages.chunk_by(|page, next| page + 1 == *next && !next.is_multiple_of(step_pages)).map(run_of).collect()
     }
 
     /// For each kind of page, how many there are and LZ4's ratio on a sample of them, page by page.

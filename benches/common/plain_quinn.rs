@@ -1,13 +1,14 @@
-//! Baseline: bytes over one quinn stream, with nothing at either end but a buffer.
+//! Baselines: bytes over one quinn stream, into a buffer, and from there into a region by bare installs.
 //!
-//! Role: what QUIC itself can move here, so that what paging costs beside it can be told. Neighbours: bench `throughput`; the far end is a
-//! `server`. Invariants: one connection, one stream, one single-threaded runtime at each end, as a pageferry peer has; a connection is warm
-//! (its MTU found, its window open) before the clock starts.
+//! Role: what QUIC itself can move here, and the least that anybody can do who pages over it, so that what pageferry costs beside them can be told.
+//! Neighbours: bench `throughput`; the far end is a `server`, the region a `raw` one. Invariants: one connection, one stream, one single-threaded runtime
+//! at each end, as a pageferry peer has; a connection is warm (its MTU found, its window open) before the clock starts.
 
 use super::{
     MIB, PAGE_BYTES, Result,
     far_end::field,
     measure::{a_gib, mb_s},
+    raw::RawRegion,
     server::Server,
 };
 use bytes::Bytes;
@@ -22,6 +23,7 @@ use std::{
     sync::Arc,
     time::Instant,
 };
+use tokio::{runtime::Runtime, sync::mpsc};
 
 /// Transport options of both ends.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -42,6 +44,10 @@ pub const WARM_UP_BYTES: u64 = 16 * MIB;
 const WARM_UPS: usize = 8;
 
 const STEP_BYTES: usize = MIB as usize;
+
+/// What is installed at a time, and how many buffers of that size there are: one filled, one installed, one on the way.
+const INSTALL_BYTES: usize = 256 * 1024;
+const INSTALL_BUFFERS: usize = 3;
 
 impl Options {
     pub fn mtu(self) -> u16 {
@@ -122,37 +128,112 @@ async fn send_range(pages: &Bytes, mut send: SendStream, mut receive: RecvStream
     Ok(())
 }
 
-/// Connects, warms up, and gives the rate at which `bytes` come in, and the CPU seconds of both processes a GiB.
-pub fn download(server: &mut Server, options: Options, bytes: u64) -> Result<[f64; 2]> {
-    let listening = server.listen("quinn", json!({ "mtu": options.message() }))?;
-    let address: SocketAddr = field(&listening, "address", Value::as_str)?.parse()?;
-    let certificate: Vec<u8> = serde_json::from_value(listening["certificate"].clone())?;
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(CertificateDer::from(certificate))?;
-    let mut config = ClientConfig::with_root_certificates(Arc::new(roots))?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let (endpoint, transport) = options.endpoint(None)?;
-        config.transport_config(Arc::new(transport));
-        let connection = endpoint.connect_with(config, address, "localhost")?.await?;
-        let mut buffer = vec![0; STEP_BYTES];
-        warm_up(&connection, server, options, &mut buffer).await?;
-        let cpu_before_s = server.cpu_of_both_s()?;
-        let start = Instant::now();
-        receive(&connection, bytes, &mut buffer, |_, _| Ok(())).await?;
-        let rate = mb_s(bytes, start);
-        let cpu_s = server.cpu_of_both_s()? - cpu_before_s;
-        check(server, bytes - STEP_BYTES as u64, &buffer)?;
-        connection.close(VarInt::from_u32(0), b"done");
-        endpoint.wait_idle().await;
-        Ok([rate, a_gib(cpu_s, bytes)])
-    })
+/// A connection to the sending end, warm.
+struct Client {
+    runtime: Runtime,
+    endpoint: Endpoint,
+    connection: Connection,
 }
 
-/// Every byte of a warm-up is checked; of what is timed, the count and the last step.
-async fn warm_up(connection: &Connection, server: &Server, options: Options, buffer: &mut [u8]) -> Result<()> {
+impl Client {
+    fn connect(server: &mut Server, options: Options) -> Result<Client> {
+        let listening = server.listen("quinn", json!({ "mtu": options.message() }))?;
+        let address: SocketAddr = field(&listening, "address", Value::as_str)?.parse()?;
+        let certificate: Vec<u8> = serde_json::from_value(listening["certificate"].clone())?;
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(CertificateDer::from(certificate))?;
+        let mut config = ClientConfig::with_root_certificates(Arc::new(roots))?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (endpoint, connection) = runtime.block_on(async {
+            let (endpoint, transport) = options.endpoint(None)?;
+            config.transport_config(Arc::new(transport));
+            let connection = endpoint.connect_with(config, address, "localhost")?.await?;
+            warm_up(&connection, server, options).await?;
+            Result::Ok((endpoint, connection))
+        })?;
+        Ok(Client { runtime, endpoint, connection })
+    }
+
+    /// The rate at which `bytes` come in by `transfer`, the CPU seconds of both processes a GiB, and what it gives.
+    fn time<T>(&self, server: &mut Server, bytes: u64, transfer: impl Future<Output = Result<T>>) -> Result<([f64; 2], T)> {
+        let cpu_before_s = server.cpu_of_both_s()?;
+        let start = Instant::now();
+        let given = self.runtime.block_on(transfer)?;
+        let rate = mb_s(bytes, start);
+        let cpu_s = server.cpu_of_both_s()? - cpu_before_s;
+        Ok(([rate, a_gib(cpu_s, bytes)], given))
+    }
+
+    fn close(self) {
+        self.connection.close(VarInt::from_u32(0), b"done");
+        self.runtime.block_on(self.endpoint.wait_idle());
+    }
+}
+
+/// `bytes` into one buffer: the rate, and the CPU seconds of both processes a GiB.
+pub fn download(server: &mut Server, options: Options, bytes: u64) -> Result<[f64; 2]> {
+    let client = Client::connect(server, options)?;
+    let transfer = receive(&client.connection, bytes, vec![0; STEP_BYTES], async |_, buffer| Ok(buffer));
+    let (figures, buffer) = client.time(server, bytes, transfer)?;
+    check(server, bytes - STEP_BYTES as u64, &buffer)?;
+    client.close();
+    Ok(figures)
+}
+
+/// `bytes` into a new region: a second thread installs each buffer that is full and gives it back. The rate until all is there, and the CPU seconds of both
+/// processes a GiB.
+pub fn install(server: &mut Server, options: Options, bytes: u64) -> Result<[f64; 2]> {
+    let client = Client::connect(server, options)?;
+    let region = RawRegion::new(usize::try_from(bytes)?)?;
+    let (full, mut installing) = mpsc::channel::<(u64, Vec<u8>)>(INSTALL_BUFFERS);
+    let (back, mut free) = mpsc::channel(INSTALL_BUFFERS);
+    for _ in 1..INSTALL_BUFFERS {
+        back.try_send(vec![0; INSTALL_BYTES])?;
+    }
+    let (figures, ()) = std::thread::scope(|scope| {
+        let installer = scope.spawn(|| -> Result<()> {
+            // Owned by this thread: whoever waits for a buffer is told when it ends.
+            let back = back;
+            while let Some((offset, buffer)) = installing.blocking_recv() {
+                region.install(usize::try_from(offset)?, &buffer)?;
+                // Nobody needs the last ones.
+                let _ = back.blocking_send(buffer);
+            }
+            Ok(())
+        });
+        let transfer = async {
+            let full = full;
+            let came = receive(&client.connection, bytes, vec![0; INSTALL_BYTES], async |offset, buffer| {
+                // Both fail only if the installer ended, which says why.
+                let _ = full.send((offset, buffer)).await;
+                free.recv().await.ok_or_else(|| "the installer ended".into())
+            });
+            let came = came.await.map(drop);
+            drop(full);
+            // All has come: there is nothing left that this thread could do meanwhile.
+            installer.join().map_err(|_| "the installer panicked")??;
+            came
+        };
+        client.time(server, bytes, transfer)
+    })?;
+    client.close();
+    let image = server.image();
+    image.check(0..bytes / PAGE_BYTES, |page, into| {
+        region.read((page * PAGE_BYTES) as usize, into);
+        Ok(())
+    })?;
+    Ok(figures)
+}
+
+/// Every byte of a warm-up is checked; of what is timed, the count and the last step, or all that was installed.
+async fn warm_up(connection: &Connection, server: &Server, options: Options) -> Result<()> {
+    let mut buffer = vec![0; STEP_BYTES];
     for _ in 0..WARM_UPS {
-        receive(connection, WARM_UP_BYTES, buffer, |offset, step| check(server, offset, step)).await?;
+        buffer = receive(connection, WARM_UP_BYTES, buffer, async |offset, buffer| {
+            check(server, offset, &buffer)?;
+            Ok(buffer)
+        })
+        .await?;
         if connection.stats().path.current_mtu >= options.mtu() - MTU_SLACK_BYTES {
             return Ok(());
         }
@@ -173,12 +254,14 @@ fn check(server: &Server, offset: u64, step: &[u8]) -> Result<()> {
     })
 }
 
+/// Fills `buffer` again and again until `bytes` have come, which are whole buffers. `step` is given each full one with its offset and gives the next to fill; the last
+/// that it gives is handed on.
 async fn receive(
     connection: &Connection,
     bytes: u64,
-    buffer: &mut [u8],
-    mut step: impl FnMut(u64, &[u8]) -> Result<()>,
-) -> Result<()> {
+    mut buffer: Vec<u8>,
+    mut step: impl AsyncFnMut(u64, Vec<u8>) -> Result<Vec<u8>>,
+) -> Result<Vec<u8>> {
     let (mut send, mut receive) = connection.open_bi().await?;
     send.write_all(&bytes.to_le_bytes()).await?;
     send.finish()?;
@@ -186,9 +269,13 @@ async fn receive(
     while let Some(len) = receive.read(&mut buffer[filled..]).await? {
         filled += len;
         if filled == buffer.len() {
-            step(offset, buffer)?;
+            buffer = step(offset, buffer).await?;
             (offset, filled) = (offset + filled as u64, 0);
         }
     }
-    if offset == bytes && filled == 0 { Ok(()) } else { Err(format!("{} of {bytes} bytes came", offset + filled as u64).into()) }
+    if offset == bytes && filled == 0 {
+        Ok(buffer)
+    } else {
+        Err(format!("{} of {bytes} bytes came", offset + filled as u64).into())
+    }
 }

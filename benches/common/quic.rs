@@ -1,7 +1,7 @@
 //! pageferry's own peers, as the benches use them.
 //!
 //! Role: the one place that knows how a server is started and a peer reached. Neighbours: the far end is a `server`; both benches open regions over
-//! what `Ferry::connect` gives. Invariants: both ends prove a key; default options but for the MTU.
+//! what `Ferry::connect` gives. Invariants: both ends prove a key; default options but for the MTU, and for polling where a case says so.
 
 use super::{
     PAGE_BYTES, Result,
@@ -12,10 +12,10 @@ use super::{
 use bytes::Bytes;
 use pageferry::{
     Grant, Hop, Identity, MemoryStore, PageSize, PageStore, Pager, PagerOptions, Peer, PeerId, Region, RegionBuilder, Server,
-    TransportOptions, Trust,
+    Service, TransportOptions, Trust,
 };
 use serde_json::{Value, json};
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::runtime::Runtime;
 
 const GRANT: &str = "bench";
@@ -25,8 +25,10 @@ pub fn listen(pages: Bytes, question: &Value, servers: &mut Vec<Server>) -> Resu
     let identity = Identity::generate()?;
     let client: PeerId = field(question, "client", Value::as_str)?.parse()?;
     let mtu = u16::try_from(field(question, "mtu", Value::as_u64)?)?;
+    // The thread that a server starts by itself, but for the budget.
+    let service = Service::start("pageferry-serve", Duration::from_micros(field(question, "poll_us", Value::as_u64)?))?;
     let store = MemoryStore::from_bytes(pages, PageSize::KIB_4);
-    let server = Server::builder(&identity).grant(client, GRANT, store, Grant::Read).transport(transport(mtu));
+    let server = Server::builder(&identity).grant(client, GRANT, store, Grant::Read).transport(transport(mtu)).service(&service);
     let server = server.listen("127.0.0.1:0".parse::<SocketAddr>()?)?;
     let answer = json!({ "address": server.local_addr().to_string(), "id": identity.peer_id().to_string() });
     servers.push(server);
@@ -42,14 +44,17 @@ pub struct Ferry {
 }
 
 impl Ferry {
-    pub fn connect(server: &mut server::Server, options: Options) -> Result<Ferry> {
+    /// Both ends poll for up to `poll_budget` before they sleep.
+    pub fn connect(server: &mut server::Server, options: Options, poll_budget: Duration) -> Result<Ferry> {
         let identity = Identity::generate()?;
-        let listening = server.listen("quic", json!({ "client": identity.peer_id().to_string(), "mtu": options.mtu() }))?;
+        let client = identity.peer_id().to_string();
+        let poll_us = u64::try_from(poll_budget.as_micros())?;
+        let listening = server.listen("quic", json!({ "client": client, "mtu": options.mtu(), "poll_us": poll_us }))?;
         let address: SocketAddr = field(&listening, "address", Value::as_str)?.parse()?;
         let id: PeerId = field(&listening, "id", Value::as_str)?.parse()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
 
-        let pager = Pager::start(&PagerOptions::default())?;
+        let pager = Pager::start(&PagerOptions { poll_budget, ..PagerOptions::default() })?;
         let peer = Peer::builder(address, Trust::ids([id]), &identity).transport(transport(options.mtu())).service(pager.service());
         let peer = runtime.block_on(peer.connect())?;
         let store = Arc::new(runtime.block_on(peer.open(GRANT))?);

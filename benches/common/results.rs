@@ -20,6 +20,7 @@ pub fn report(name: &str, args: &Args, measured: &Measured) -> Result<bool> {
     object.extend(machine());
     object.insert("rounds".into(), measured.rounds.into());
     object.extend(measured.series.iter().map(|series| (series.key.to_owned(), rounded(series.median()))));
+    object.extend(measured.derived.iter().map(|(key, value)| ((*key).to_owned(), rounded(*value))));
     let spread = |key: &str| {
         let series = measured.series.iter().find(|series| series.key == key)?;
         let (least, most) = series.range();
