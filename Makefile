@@ -3,12 +3,14 @@
 
 FUZZ_SECONDS ?= 60
 BENCH_ARGS   ?=
+GUEST_TESTS  ?= tracking
+GUEST_ARGS   ?= --test-threads=1
 BENCHES      := $(sort $(notdir $(patsubst %/main.rs,%,$(patsubst %.rs,%,$(wildcard benches/*.rs benches/*/main.rs)))))
 
-.PHONY: help demo test check bench fuzz
+.PHONY: help demo test test-guest check bench fuzz
 
 help: ## List the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: ## Move a running program from one process to another, live
 	@scripts/setup.sh build
@@ -17,6 +19,11 @@ demo: ## Move a running program from one process to another, live
 test: ## Run all tests: unit, integration and documentation
 	@scripts/setup.sh build
 	cargo test
+
+# For what the kernel outside may lack: soft-dirty, and later modules. scripts/guest.sh says what else can be set.
+test-guest: ## Run the tests of GUEST_TESTS (tracking) in a virtual machine with Debian's kernel 6.12
+	@scripts/setup.sh guest
+	scripts/test_guest.sh $(GUEST_TESTS) -- $(GUEST_ARGS)
 
 check: ## Format, lints, documentation, licences and advisories; runs no test
 	@scripts/setup.sh check

@@ -1,9 +1,10 @@
 #!/bin/sh
-# Makes a Debian machine that has Rust ready for: build (also enough for tests, examples and benches), check, fuzz.
+# Makes a Debian machine that has Rust ready for: build (also enough for tests, examples and benches), check, fuzz,
+# guest (build, and what scripts/guest.sh calls).
 # Installs what is missing through apt when it may, else prints the command. Changes nothing when nothing is missing.
 set -eu
 
-purpose=${1:?usage: scripts/setup.sh build|check|fuzz}
+purpose=${1:?usage: scripts/setup.sh build|check|fuzz|guest}
 
 any_exists() {
     for file in "$@"; do [ -e "$file" ] && return 0; done
@@ -25,7 +26,20 @@ missing_packages() {
     [ -e /usr/include/linux/userfaultfd.h ] || echo linux-libc-dev
     has_libclang || echo libclang-dev
     # libFuzzer is C++; `check` lints the fuzz targets, which builds it.
-    [ "$purpose" = build ] || command -v c++ >/dev/null || echo g++
+    case $purpose in check | fuzz) command -v c++ >/dev/null || echo g++ ;; esac
+    [ "$purpose" != guest ] || missing_packages_of_guests
+}
+
+# Not the guest's kernel: scripts/guest_kernel.sh unpacks that beside this system, not into it.
+missing_packages_of_guests() {
+    command -v qemu-system-x86_64 >/dev/null || echo qemu-system-x86
+    command -v busybox >/dev/null || echo busybox-static
+    command -v cpio >/dev/null || echo cpio
+    # Modules come compressed with one of these.
+    command -v xz >/dev/null || echo xz-utils
+    command -v zstd >/dev/null || echo zstd
+    # Not on the PATH of users who are not root.
+    command -v depmod >/dev/null || any_exists /usr/sbin/depmod /sbin/depmod || echo kmod
 }
 
 install_packages() {
@@ -45,6 +59,7 @@ install_packages() {
     fi
     echo "setup: $as_root $install"
     $as_root apt-get update -q
+    # shellcheck disable=SC2086 # as below
     $as_root env DEBIAN_FRONTEND=noninteractive $install
 }
 
@@ -96,8 +111,9 @@ check)
     cargo_tool deny cargo-deny
     ;;
 fuzz) cargo_tool fuzz cargo-fuzz ;;
+guest) ;;
 *)
-    echo "setup: unknown purpose $purpose; one of build, check, fuzz" >&2
+    echo "setup: unknown purpose $purpose; one of build, check, fuzz, guest" >&2
     exit 2
     ;;
 esac

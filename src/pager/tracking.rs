@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     Extent, PageSize, RegionError, TrackerKind,
-    sys::{Features, Pagemap, Stop, Trap},
+    sys::{Features, Mapping, Pagemap, Stop, Trap},
 };
 
 /// What an entry has while its writes are followed.
@@ -94,15 +94,15 @@ impl Engine {
 
     /// What a region that no store fills must have trapped to be followed.
     pub(crate) fn trap_of_plain_memory(&self) -> Result<Option<Trap>, RegionError> {
-        Ok(self.new_tracker(false, 0)?.trap(false))
+        Ok(self.new_tracker(false)?.trap(false))
     }
 
-    fn new_tracker(&self, filled_from_a_store: bool, pages: u64) -> Result<Box<dyn Tracker>, RegionError> {
+    fn new_tracker(&self, filled_from_a_store: bool) -> Result<Box<dyn Tracker>, RegionError> {
         let failed = |error| RegionError::system("opening /proc/self/pagemap", error);
         Ok(match self.tracker_kind()? {
             TrackerKind::WpAsync => Box::new(WpAsync::new().map_err(failed)?),
             TrackerKind::WpSync => Box::new(WpSync::new(filled_from_a_store, self.uffd.features())),
-            TrackerKind::SoftDirty => Box::new(SoftDirty::new(pages).map_err(failed)?),
+            TrackerKind::SoftDirty => Box::new(SoftDirty::new(filled_from_a_store).map_err(failed)?),
         })
     }
 
@@ -117,7 +117,7 @@ impl Engine {
             if entry.tracking.is_some() {
                 return Err(RegionError::AlreadyTracked { region: entry.name.clone() });
             }
-            let tracker = self.new_tracker(filled_from_a_store, all.count())?;
+            let tracker = self.new_tracker(filled_from_a_store)?;
             kind = tracker.kind();
             if tracker.needs_pause() && !reserve(std::ptr::from_ref(self).addr()) {
                 return Err(RegionError::NoTracker {
@@ -215,7 +215,14 @@ impl Engine {
                 tracking.written.no_doubt(piece.extent);
                 without_lost(found, &piece)
             });
-            let found = found.into_iter().flatten();
+            let found: Vec<Extent> = found.into_iter().flatten().collect();
+            if let Some(entry) = state.regions.get(&id)
+                && entry.tracking.as_ref().is_some_and(|tracking| tracking.tracker.needs_touch())
+                && let Some(mapping) = entry.mapping.upgrade()
+            {
+                self.touch_pages(&mapping, &found);
+            }
+            let found = found.into_iter();
             match state.regions.get_mut(&id).and_then(|entry| entry.tracking.as_mut()) {
                 Some(tracking) if id != wanted => found.for_each(|extent| tracking.written.wrote(extent)),
                 _ => taken.extend(found),
@@ -224,7 +231,9 @@ impl Engine {
         let finish = |tracking: &mut Tracking| tracking.tracker.finish();
         let finished = state.regions.get_mut(&wanted).and_then(|entry| entry.tracking.as_mut()).map_or(Ok(()), finish);
         if let Err(error) = finished {
-            // They were not cleared, so the next take gives them again: nothing is lost.
+            if let Some(tracking) = state.regions.get_mut(&wanted).and_then(|entry| entry.tracking.as_mut()) {
+                taken.iter().for_each(|extent| tracking.written.wrote(*extent));
+            }
             return Err(RegionError::system("writing /proc/self/clear_refs", error));
         }
         Ok(taken)
@@ -277,7 +286,7 @@ impl Engine {
         }
     }
 
-    /// Makes pages of plain memory hold something, where they cannot be protected otherwise. Memory that a store fills is not touched (S2).
+    /// Makes pages of plain memory hold something, where the tracker needs that. Memory that a store fills is not touched (S2).
     fn touch(&self, id: RegionId, within: Extent, only_written: bool) {
         let look = |entry: &mut Entry| {
             let tracking = entry.tracking.as_ref().filter(|tracking| tracking.tracker.needs_touch())?;
@@ -285,7 +294,11 @@ impl Engine {
             Some((entry.mapping.upgrade()?, extents))
         };
         let Some((mapping, extents)) = self.with_entry(id, look).flatten() else { return };
-        for page in extents.into_iter().flat_map(Extent::pages) {
+        self.touch_pages(&mapping, &extents);
+    }
+
+    fn touch_pages(&self, mapping: &Mapping, extents: &[Extent]) {
+        for page in extents.iter().flat_map(|extent| extent.pages()) {
             let _ = mapping.read_at(self.page.offset_of(page), &mut [0]);
         }
     }

@@ -143,23 +143,22 @@ impl Pagemap {
         FOUND.get_or_init(|| Pagemap::try_soft_dirty().map_err(|error| error.to_string())).clone()
     }
 
-    /// Writes one of two pages, and looks.
+    /// Writes a page, and looks. That one which was not written is clean proves nothing more, and may fail: the kernel may merge it with a newer mapping, which is dirty as a whole.
     fn try_soft_dirty() -> io::Result<bool> {
         let page_len = super::page_size().len();
-        let len = std::num::NonZeroUsize::new(2 * page_len).ok_or(Errno::EINVAL)?;
-        let two = super::Mapping::anonymous(len, super::MapAt::Anywhere, false).map_err(io::Error::other)?;
-        let write = |page: usize| two.write_at((page * page_len) as u64, &[1]).map_err(io::Error::other);
-        write(0)?;
-        write(1)?;
+        let len = std::num::NonZeroUsize::new(page_len).ok_or(Errno::EINVAL)?;
+        let page = super::Mapping::anonymous(len, super::MapAt::Anywhere, false).map_err(io::Error::other)?;
+        let write = || page.write_at(0, &[1]).map_err(io::Error::other);
+        write()?;
         match Pagemap::clear_soft_dirty() {
             // A kernel that keeps none refuses the number.
             Err(error) if error.raw_os_error() == Some(Errno::EINVAL as i32) => return Ok(false),
             other => other?,
         }
-        write(1)?;
-        let mut dirty = Vec::new();
-        Pagemap::open()?.read(two.address(), two.len(), |_, bits| dirty.push(bits.soft_dirty()))?;
-        Ok(dirty == [false, true])
+        write()?;
+        let mut dirty = false;
+        Pagemap::open()?.read(page.address(), page.len(), |_, bits| dirty = bits.soft_dirty())?;
+        Ok(dirty)
     }
 
     /// Forgets what was written so far, in all of this process.

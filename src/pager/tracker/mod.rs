@@ -56,7 +56,7 @@ pub(super) trait Tracker: Send + std::fmt::Debug {
         false
     }
 
-    /// Whether the pages of a region without a store must be touched before they can be protected.
+    /// Whether the pages of a region without a store must hold something to be followed: they are touched when following begins, and whenever they were told.
     fn needs_touch(&self) -> bool {
         false
     }

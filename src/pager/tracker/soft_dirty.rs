@@ -5,11 +5,14 @@
 //! way before it clears them, and no other may.
 //!
 //! Told too often, never too seldom: what a store has filled counts as written, and so does all of a mapping that the kernel has merged with a new one.
+//!
+//! Discards: the kernel tells of them where a store fills the region. Plain memory is registered for nothing, so there each page is made to hold something when following begins and
+//! whenever it was told; one that holds nothing was discarded since. Without that an empty page would say nothing: it may have been written, read by whoever follows, and discarded.
 
 use super::{Piece, Tracker};
 use crate::{
     Extent, TrackerKind,
-    pager::{residency::Plane, written::Written},
+    pager::written::Written,
     sys::{Pagemap, Trap, Userfault},
 };
 use std::{
@@ -24,23 +27,19 @@ static OWNER: AtomicUsize = AtomicUsize::new(0);
 #[derive(Debug)]
 pub(in crate::pager) struct SoftDirty {
     pagemap: Pagemap,
-    /// Pages that held something when they were looked at last: one that holds nothing any more was discarded.
-    populated: Plane,
+    filled_from_a_store: bool,
 }
 
 impl SoftDirty {
-    pub(in crate::pager) fn new(pages: u64) -> io::Result<SoftDirty> {
-        let populated = bitvec::vec::BitVec::repeat(false, crate::pager::residency::index(pages));
-        Ok(SoftDirty { pagemap: Pagemap::open()?, populated })
+    pub(in crate::pager) fn new(filled_from_a_store: bool) -> io::Result<SoftDirty> {
+        Ok(SoftDirty { pagemap: Pagemap::open()?, filled_from_a_store })
     }
 
-    fn look(&mut self, piece: Piece<'_>, mut changed: impl FnMut(Extent)) -> io::Result<()> {
-        let populated = &mut self.populated;
+    fn look(&self, piece: Piece<'_>, mut changed: impl FnMut(Extent)) -> io::Result<()> {
         self.pagemap.read(piece.address, piece.len(), |address, bits| {
-            let page = piece.extent_of(&(address..address + piece.page.len()));
-            let before = populated.replace(crate::pager::residency::index(page.first()), bits.populated());
-            if bits.populated() && bits.soft_dirty() || before && !bits.populated() {
-                changed(page);
+            let written = if bits.populated() { bits.soft_dirty() } else { !self.filled_from_a_store };
+            if written {
+                changed(piece.extent_of(&(address..address + piece.page.len())));
             }
         })
     }
@@ -59,12 +58,12 @@ impl Tracker for SoftDirty {
         true
     }
 
-    fn arm(&mut self, _: &Userfault, piece: Piece<'_>, written: &mut Written) {
-        if let Err(error) = self.look(piece, |_| {}) {
-            tracing::warn!(%error, extent = %piece.extent, "reading which pages were written failed: they count as written");
-            written.wrote(piece.extent);
-        }
+    fn needs_touch(&self) -> bool {
+        !self.filled_from_a_store
     }
+
+    // The bits have been kept all the time.
+    fn arm(&mut self, _: &Userfault, _: Piece<'_>, _: &mut Written) {}
 
     fn take(&mut self, _: &Userfault, piece: Piece<'_>, written: &mut Written) -> Vec<Extent> {
         if self.look(piece, |page| written.wrote(page)).is_err() {
