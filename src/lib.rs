@@ -26,7 +26,7 @@ mod sys;
 
 pub use error::{NetError, RegionError, StoreError};
 pub use migrate::{
-    Departed, Destination, DestinationBuilder, Gate, GateThread, MoveError, MoveEvent, Moved, Pass, PauseError, Source,
+    AtLimit, Departed, Destination, DestinationBuilder, Gate, GateThread, MoveError, MoveEvent, Moved, Pass, PauseError, Source,
     SourceBuilder, Strategy,
 };
 pub use net::{

@@ -20,6 +20,7 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
+use tokio::sync::broadcast::Receiver;
 
 async fn take(destination: &Destination) -> Result<Moved, MoveError> {
     soon("taking", destination.take(Strategy::post_copy())).await
@@ -239,10 +240,16 @@ async fn a_pull_goes_on_after_the_path_was_cut() {
     let proxy = Proxy::start(source.local_addr());
     let moved = take(&connect(&keys, proxy.address, patient()).await).await.unwrap();
     program.has_left();
-    let (mut news, mut told) = (moved.regions()[1].events(), source.events());
+    let (mut heap_news, mut archive_news) = (moved.regions()[0].events(), moved.regions()[1].events());
+    let mut told = source.events();
     soon("the pull of the archive", pages.arrived(1)).await;
     proxy.both(false);
-    soon("the loss", async { while !matches!(news.recv().await, Ok(RegionEvent::StoreAway { .. })) {} }).await;
+    let away = async |news: &mut Receiver<RegionEvent>| while !matches!(news.recv().await, Ok(RegionEvent::StoreAway { .. })) {};
+    // Whichever is asked for first: the heap may have been cut off too.
+    soon("the loss", async {
+        tokio::select! { () = away(&mut heap_news) => {}, () = away(&mut archive_news) => {} }
+    })
+    .await;
     pages.open();
     proxy.both(true);
     // And once more before RELEASED has come.

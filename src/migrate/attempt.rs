@@ -6,14 +6,17 @@
 
 use super::{
     MoveEvent,
+    copy::{Copy, CopyError},
     gate::Gate,
     handover::{SessionId, SourceAction, SourceEvent, SourceHandover, SourceState, Turn},
+    rounds::Verdict,
     source::Departed,
+    strategy::Strategy,
 };
 use crate::{
     PeerId, Region, Service,
     net::{
-        Extension, FrameReader, FrameWriter, StreamError, TakeStream,
+        Extension, Feed, FrameReader, FrameWriter, StreamError, TakeStream,
         wire::{ErrorCode, Frame, MAX_STATE_BYTES, MAX_STATE_PIECE_BYTES, Message, OfferedRegions, StateLength, StatePiece},
     },
 };
@@ -43,6 +46,12 @@ pub(super) struct Shared {
     pub(super) state: StateOf,
     pub(super) pause_limit: Duration,
     pub(super) offer_limit: Duration,
+    /// Bytes a second of pages that no fault waits for.
+    pub(super) background_limit: Option<u64>,
+    /// Streams that destinations listen on for pages, until their attempt takes them.
+    pub(super) feeds: watch::Sender<Vec<Feed>>,
+    /// Raised by [`Source::finalize`](super::Source::finalize), for the attempt that is going on.
+    pub(super) finalize: watch::Sender<Option<Turn>>,
     pub(super) keep_memory: bool,
     pub(super) service: Service,
     pub(super) events: broadcast::Sender<MoveEvent>,
@@ -67,9 +76,20 @@ impl Extension for Shared {
     fn take(&self, stream: TakeStream) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let Some(shared) = self.me.upgrade() else { return Box::pin(async {}) };
         Box::pin(async move {
-            let TakeStream { peer, session, writer, reader } = stream;
-            Attempt { shared, peer, session, writer, reader, turn: None, pause: None, deadline: None }.run().await;
+            let TakeStream { peer, session, plan, writer, reader } = stream;
+            let strategy = Strategy::from(plan);
+            let attempt =
+                Attempt { shared, peer, session, strategy, writer, reader, turn: None, copy: None, pause: None, deadline: None };
+            attempt.run().await;
         })
+    }
+
+    fn feed(&self, feed: Feed) {
+        // Of the attempt that is going on, or of nobody.
+        let wanted = |turn: Turn| turn.session == feed.session && turn.epoch == feed.epoch && self.peers.contains(&feed.peer);
+        if self.state().turn().is_some_and(wanted) {
+            self.feeds.send_modify(|feeds| feeds.push(feed));
+        }
     }
 }
 
@@ -83,6 +103,24 @@ impl Shared {
         let mut action = SourceAction::Ignore;
         self.handover.send_modify(|handover| action = handover.on(event));
         action
+    }
+
+    /// Waits for the streams of an attempt, one a region, and gives them in the order of the regions.
+    async fn feeds_of(&self, turn: Turn) -> Vec<Feed> {
+        let of_turn = |feed: &Feed| feed.session == turn.session && feed.epoch == turn.epoch;
+        let of_region =
+            |feeds: &[Feed], region: &Region| feeds.iter().position(|feed| of_turn(feed) && *feed.name == *region.name());
+        let mut arrived = self.feeds.subscribe();
+        let all_here = |feeds: &Vec<Feed>| self.regions.iter().all(|region| of_region(feeds, region).is_some());
+        // The sender is this struct's own.
+        let _ = arrived.wait_for(all_here).await;
+        let mut taken = Vec::with_capacity(self.regions.len());
+        self.feeds.send_modify(|feeds| {
+            taken.extend(self.regions.iter().filter_map(|region| of_region(feeds, region).map(|at| feeds.remove(at))));
+            // Whatever else there is came twice, or for an attempt that is over.
+            feeds.clear();
+        });
+        taken
     }
 
     /// Ends an attempt that has not committed; it sees that by itself, and lets the program run on. Whether this call did it.
@@ -128,9 +166,12 @@ struct Attempt {
     shared: Arc<Shared>,
     peer: PeerId,
     session: SessionId,
+    strategy: Strategy,
     writer: FrameWriter,
     reader: FrameReader,
     turn: Option<Turn>,
+    /// From MAPPED to the commit, and whether what is owed is to be sent in the pause.
+    copy: Option<(Copy, bool)>,
     /// While the program is paused by this attempt.
     pause: Option<OwnedMutexGuard<()>>,
     /// When this step is given up.
@@ -178,6 +219,15 @@ impl From<StreamError> for End {
     }
 }
 
+impl From<CopyError> for End {
+    fn from(CopyError(reason): CopyError) -> End {
+        End::Failed(reason)
+    }
+}
+
+/// How often the destination is told how far copying is.
+const PROGRESS: Duration = Duration::from_millis(100);
+
 impl Attempt {
     async fn run(mut self) {
         if !self.shared.peers.contains(&self.peer) {
@@ -211,7 +261,11 @@ impl Attempt {
         loop {
             let action = self.shared.decide(event);
             match self.carry_out(action).await {
-                Ok(()) => {}
+                Ok(None) => {}
+                Ok(Some(next)) => {
+                    event = next;
+                    continue;
+                }
                 Err(end) => return end,
             }
             event = loop {
@@ -224,7 +278,8 @@ impl Attempt {
         }
     }
 
-    async fn carry_out(&mut self, action: SourceAction) -> Result<(), End> {
+    /// What follows by itself, if anything does.
+    async fn carry_out(&mut self, action: SourceAction) -> Result<Option<SourceEvent>, End> {
         match action {
             // `Resume` answers a failure, which is not decided here.
             SourceAction::Ignore | SourceAction::Resume => {}
@@ -238,6 +293,10 @@ impl Attempt {
                 self.send(&Frame::Offer { session, epoch, state_bytes, regions }).await?;
                 self.shared.tell(MoveEvent::Offered { epoch });
             }
+            SourceAction::Copy(turn) => {
+                self.copy(turn).await?;
+                return Ok(Some(SourceEvent::Copied(turn)));
+            }
             SourceAction::PauseAndPrepare(turn) => self.pause_and_prepare(turn).await?,
             SourceAction::StopAndCommit(turn) => {
                 // In this order: nothing that the program writes from here on would arrive.
@@ -245,7 +304,16 @@ impl Attempt {
                 self.deadline = None;
                 // Told first: it is true even if COMMIT finds no connection.
                 self.shared.tell(MoveEvent::Committed { epoch: turn.epoch });
-                self.send(&Frame::Commit { session: turn.session, epoch: turn.epoch }).await?;
+                let sent = self.send(&Frame::Commit { session: turn.session, epoch: turn.epoch }).await;
+                if let Some((copy, _)) = self.copy.take() {
+                    self.shared.service.spawn(async move {
+                        // The destination asks for what does not come.
+                        if let Err(CopyError(reason)) = copy.push().await {
+                            tracing::debug!(reason, "pushing ended early");
+                        }
+                    });
+                }
+                sent?;
             }
             SourceAction::CommitAgain(turn) => {
                 self.turn = Some(turn);
@@ -282,7 +350,56 @@ impl Attempt {
                 return Err(End::Orderly);
             }
         }
-        Ok(())
+        Ok(None)
+    }
+
+    /// Copies pages while the program runs, until it is to move.
+    async fn copy(&mut self, turn: Turn) -> Result<(), End> {
+        let feeds = self.bound().wait(self.shared.feeds_of(turn)).await?;
+        // From here on it takes as long as the strategy says. The destination hears of it meanwhile.
+        self.deadline = None;
+        let bound = self.bound();
+        bound.wait(self.copy_until_handover(turn, feeds)).await?
+    }
+
+    async fn copy_until_handover(&mut self, turn: Turn, feeds: Vec<Feed>) -> Result<(), End> {
+        let mut copy = Copy::begin(&self.shared, self.strategy, feeds).await?;
+        let mut told = Instant::now();
+        loop {
+            let finalize = *self.shared.finalize.borrow() == Some(turn);
+            let verdict = {
+                let mut step = std::pin::pin!(copy.step(finalize));
+                loop {
+                    tokio::select! {
+                        verdict = &mut step => break verdict?,
+                        frame = self.reader.next() => match frame? {
+                            Some(Frame::Mapped { .. }) => {}
+                            Some(Frame::Abort { message, .. }) => {
+                                return Err(End::Failed(format!("the destination gave up: {}", &*message)));
+                            }
+                            Some(other) => return Err(End::Failed(format!("{} came while pages are copied", other.kind().name()))),
+                            None => return Err(End::Orderly),
+                        },
+                    }
+                }
+            };
+            // There is nothing to tell of what copies nothing.
+            let last = verdict != Verdict::GoOn && self.strategy.copies_first();
+            if told.elapsed() >= PROGRESS || last {
+                told = Instant::now();
+                let copying = copy.progress();
+                self.writer.send(&Frame::Progress { session: turn.session, epoch: turn.epoch, copying }).await?;
+                self.shared.tell(copying.into());
+            }
+            match verdict {
+                Verdict::GoOn => {}
+                Verdict::HandOver { copy_rest } => {
+                    self.copy = Some((copy, copy_rest));
+                    return Ok(());
+                }
+                Verdict::Cancel { reason } => return Err(End::Failed(reason)),
+            }
+        }
     }
 
     async fn pause_and_prepare(&mut self, turn: Turn) -> Result<(), End> {
@@ -296,7 +413,16 @@ impl Attempt {
         pause.await?.map_err(|error| End::Failed(error.to_string()))?;
         self.shared.times().paused = Some(Instant::now());
         let state_of = self.shared.state.clone();
-        let state = self.bound().wait(tokio::task::spawn_blocking(move || Bytes::from(state_of()))).await?;
+        let state = tokio::task::spawn_blocking(move || Bytes::from(state_of()));
+        let bound = self.bound();
+        let last = async {
+            match &mut self.copy {
+                Some((copy, copy_rest)) => copy.last(*copy_rest).await,
+                None => Ok(()),
+            }
+        };
+        let (state, said) = bound.wait(async { tokio::join!(state, last) }).await?;
+        said?;
         let state = state.map_err(|_| End::Failed("the program's state function panicked".into()))?;
         let too_large =
             |_| End::Failed(format!("the program's state has {} bytes, at most {MAX_STATE_BYTES} can move", state.len()));
@@ -373,7 +499,7 @@ impl Drop for Attempt {
 }
 
 /// A gate that is let go at the latest when this is dropped, even if there is no time left for its hook.
-struct RunsOn(Gate);
+pub(super) struct RunsOn(pub(super) Gate);
 
 impl Drop for RunsOn {
     fn drop(&mut self) {

@@ -1,22 +1,25 @@
 //! The end that takes the program: maps its regions, becomes its owner, runs it while its pages come in.
 //!
-//! Role: carries out [`DestinationHandover`]. Neighbours: a [`Peer`] carries the handover's stream and the pages; a [`Pager`] fills the regions. Invariants: S6: nothing runs here before COMMIT; no
-//! page is read from the source before it, because until then the program there still writes.
+//! Role: carries out [`DestinationHandover`]. Neighbours: a [`Peer`] carries the handover's stream and the pages; a [`Pager`] fills the regions. Invariants: S6: nothing runs here before COMMIT; what
+//! is read of the source before it may be written again there, and is replaced or given up before the program runs here.
 
 use super::{
     MoveError, MoveEvent, Strategy,
+    arrival::Arrival,
     handover::{DestinationAction, DestinationEvent, DestinationHandover, DestinationState, SessionId},
 };
 use crate::{
     FaultAround, Identity, LossPolicy, NetError, Pager, PagerOptions, Peer, PeerId, Region, TransportOptions, Trust,
     net::{
-        FrameReader, FrameWriter, StreamError,
+        FeedReader, FrameReader, FrameWriter, StreamError,
         wire::{ErrorCode, Frame, Message, OfferedRegion},
     },
+    region::Upstream,
 };
 use bytes::{Bytes, BytesMut};
 use std::{
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 use tokio::sync::{broadcast, watch};
@@ -151,7 +154,6 @@ impl Destination {
     /// [`MoveError::Aborted`] and [`MoveError::Lost`]: the program runs on at the source. [`MoveError::Region`]: a region cannot be mapped here, for instance because its
     /// fixed address is taken; the program runs on at the source. [`MoveError::Unknown`]: see there.
     pub async fn take(&self, strategy: Strategy) -> Result<Moved, MoveError> {
-        let Strategy { .. } = strategy;
         let mut session = [0; 16];
         let random = ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut session);
         random.map_err(|_| MoveError::Protocol("the operating system gives no random numbers".into()))?;
@@ -163,8 +165,10 @@ impl Destination {
             step_limit: self.step_limit,
             decision_limit: self.decision_limit,
             session: u128::from_le_bytes(session),
+            strategy,
             handover: DestinationHandover::new(),
             regions: Vec::new(),
+            arrivals: Vec::new(),
             state: Bytes::new(),
             undecided_since: None,
             events: broadcast::Sender::new(64),
@@ -238,8 +242,11 @@ struct Taking {
     step_limit: Duration,
     decision_limit: Duration,
     session: SessionId,
+    strategy: Strategy,
     handover: DestinationHandover,
     regions: Vec<Region>,
+    /// One for each of them.
+    arrivals: Vec<Arrival>,
     state: Bytes,
     undecided_since: Option<Instant>,
     events: broadcast::Sender<MoveEvent>,
@@ -269,6 +276,9 @@ impl Taking {
             Ok(stream) => stream,
             Err(error) => {
                 let regions = std::mem::take(&mut self.regions);
+                for arrival in self.arrivals {
+                    arrival.cancel().await;
+                }
                 // Unmapped when the caller hears of it, and may try again at the same addresses; on another thread, for the unmapping waits for this one.
                 let _ = tokio::task::spawn_blocking(move || drop(regions)).await;
                 return Err(error);
@@ -301,6 +311,7 @@ impl Taking {
             let Heard { event, reason } = heard;
             match self.handover.on(event) {
                 DestinationAction::MapAndSayMapped => {
+                    self.listen_for_pages().await?;
                     let (session, epoch) = (self.session, self.handover.epoch());
                     let mapped = stream.writer.send(&Frame::Mapped { session, epoch }).await;
                     heard = self.after(mapped, &mut stream, self.step_limit).await?;
@@ -359,7 +370,7 @@ impl Taking {
     /// A stream on which the session is asked for.
     async fn ask(&self) -> Result<Stream, NetError> {
         let (mut writer, reader) = self.peer.open_stream().await?;
-        let sent = writer.send(&Frame::Take { session: self.session }).await;
+        let sent = writer.send(&Frame::Take { session: self.session, plan: self.strategy.into() }).await;
         sent.map_err(|error| NetError::Protocol(error.to_string()))?;
         Ok(Stream { writer, reader })
     }
@@ -375,24 +386,40 @@ impl Taking {
     /// The next thing the source says. What belongs to it (mapping what is offered, reading the state) is done here, so that the event is
     /// true when it is told.
     async fn listen(&mut self, stream: &mut Stream, limit: Option<Duration>) -> Result<Heard, MoveError> {
-        let next = async {
-            let frame = stream.reader.next().await?;
-            let Some(Frame::Prepare { epoch, state_bytes, .. }) = frame else { return Ok::<_, StreamError>((frame, None)) };
-            let state = read_state(&mut stream.reader, *state_bytes).await?;
-            Ok((None, Some((epoch, state))))
-        };
-        let next = match limit {
-            None => next.await,
-            Some(limit) => match tokio::time::timeout(limit, next).await {
-                Ok(next) => next,
-                Err(_) => return Ok(Heard { event: DestinationEvent::TimedOut, reason: format!("no answer within {limit:?}") }),
-            },
+        let next = loop {
+            let next = async {
+                let frame = stream.reader.next().await?;
+                let Some(Frame::Prepare { epoch, state_bytes, .. }) = frame else { return Ok::<_, StreamError>((frame, None)) };
+                let state = read_state(&mut stream.reader, *state_bytes).await?;
+                Ok((None, Some((epoch, state))))
+            };
+            let next = match limit {
+                None => next.await,
+                Some(limit) => match tokio::time::timeout(limit, next).await {
+                    Ok(next) => next,
+                    Err(_) => {
+                        return Ok(Heard { event: DestinationEvent::TimedOut, reason: format!("no answer within {limit:?}") });
+                    }
+                },
+            };
+            match next {
+                // It is at work: the limit begins anew.
+                Ok((Some(Frame::Progress { copying, .. }), _)) => self.tell(copying.into()),
+                next => break next,
+            }
         };
         let event = match next {
             Err(error) => return Ok(Heard::lost(&error)),
             Ok((_, Some((epoch, state)))) => {
                 if self.handover.state() == DestinationState::Mapped && self.handover.epoch() == epoch {
                     self.state = state;
+                    let attached = tokio::time::timeout(self.step_limit, self.attached()).await;
+                    if let Err(error) =
+                        attached.unwrap_or_else(|_| Err(MoveError::Lost { reason: "the pages did not come".into() }))
+                    {
+                        self.abort(stream, &error).await;
+                        return Err(error);
+                    }
                 }
                 DestinationEvent::Prepared { epoch }
             }
@@ -401,9 +428,7 @@ impl Taking {
                 if self.handover.state() == DestinationState::Asked
                     && let Err(error) = self.map(&regions).await
                 {
-                    let (session, code, message) = (self.session, ErrorCode::Aborted, Message::cut(&error.to_string()));
-                    let _ = stream.writer.send(&Frame::Abort { session, epoch, code, message }).await;
-                    stream.writer.finish();
+                    self.abort(stream, &error).await;
                     return Err(error);
                 }
                 let reason = format!("the program runs on at the source, which offers it anew (epoch {epoch})");
@@ -422,19 +447,40 @@ impl Taking {
         Ok(Heard { event, reason: String::new() })
     }
 
-    /// Maps what is offered. Not a page of it is read.
+    async fn abort(&self, stream: &mut Stream, error: &MoveError) {
+        let (session, epoch) = (self.session, self.handover.epoch());
+        let (code, message) = (ErrorCode::Aborted, Message::cut(&error.to_string()));
+        let _ = stream.writer.send(&Frame::Abort { session, epoch, code, message }).await;
+        stream.writer.finish();
+    }
+
+    /// Maps what is offered, as plain memory. Not a page of it is read.
     async fn map(&mut self, offered: &[OfferedRegion]) -> Result<(), MoveError> {
         for OfferedRegion { name, size_bytes, address, .. } in offered {
-            let store = self.peer.open(name).await?;
-            let mut region =
-                Region::builder().name(&***name).size(*size_bytes).store(store).pager(&self.pager).loss(self.loss.clone());
-            if let Some(around) = self.fault_around {
-                region = region.fault_around(around);
-            }
+            let mut region = Region::builder().name(&***name).size(*size_bytes).pager(&self.pager);
             if *address != 0 {
                 region = region.at(usize::try_from(*address).unwrap_or(usize::MAX));
             }
             self.regions.push(region.open()?);
+        }
+        Ok(())
+    }
+
+    /// Has the source send the pages of each region as it sees fit.
+    async fn listen_for_pages(&mut self) -> Result<(), MoveError> {
+        for region in self.regions.clone() {
+            let store = self.peer.open(region.name()).await?;
+            let feed = FeedReader::start(&store, self.session, self.handover.epoch()).await?;
+            let (pager, loss) = (self.pager.clone(), self.loss.clone());
+            let upstream = Upstream { pager, store: Arc::new(store), fault_around: self.fault_around, loss };
+            self.arrivals.push(Arrival::start(region, feed, upstream));
+        }
+        Ok(())
+    }
+
+    async fn attached(&mut self) -> Result<(), MoveError> {
+        for arrival in &mut self.arrivals {
+            arrival.attached().await?;
         }
         Ok(())
     }
@@ -452,9 +498,13 @@ impl Taking {
         self.completion.send_replace(Some(outcome));
     }
 
-    async fn pull(&self, regions: &[crate::region::WeakRegion]) -> Result<(), MoveError> {
+    async fn pull(&mut self, regions: &[crate::region::WeakRegion]) -> Result<(), MoveError> {
         let progress = tokio::spawn(report_progress(regions.to_vec(), self.events.clone()));
         let _ends_with_the_pull = AbortOnDrop(progress.abort_handle());
+        // The source sends by itself; the rest is asked for.
+        for arrival in &mut self.arrivals {
+            arrival.ended().await;
+        }
         let mut outcome = Ok(());
         for region in regions {
             // Held only to start the pull, which itself ends when the region goes.

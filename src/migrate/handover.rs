@@ -24,6 +24,8 @@ pub(crate) enum SourceState {
     Running,
     /// It runs here, and its regions were offered.
     Offered(Turn),
+    /// It runs here, and its pages are being copied to the destination.
+    Copying(Turn),
     /// It is being paused, or is paused and its state is on the way.
     Paused(Turn),
     /// It belongs to the destination.
@@ -37,9 +39,11 @@ impl SourceState {
     pub(crate) fn turn(self) -> Option<Turn> {
         match self {
             SourceState::Running => None,
-            SourceState::Offered(turn) | SourceState::Paused(turn) | SourceState::Committed(turn) | SourceState::Released(turn) => {
-                Some(turn)
-            }
+            SourceState::Offered(turn)
+            | SourceState::Copying(turn)
+            | SourceState::Paused(turn)
+            | SourceState::Committed(turn)
+            | SourceState::Released(turn) => Some(turn),
         }
     }
 }
@@ -50,6 +54,8 @@ pub(crate) enum SourceEvent {
     Take(SessionId),
     /// MAPPED.
     Mapped(Turn),
+    /// Enough of its pages were copied, or none are to be.
+    Copied(Turn),
     /// READY.
     Ready(Turn),
     /// COMPLETE.
@@ -64,7 +70,9 @@ pub(crate) enum SourceAction {
     /// Nothing: late or repeated.
     Ignore,
     SendOffer(Turn),
-    /// Pause the program, then send PREPARE and its state.
+    /// Copy pages while the program runs, as the strategy says.
+    Copy(Turn),
+    /// Pause the program, say which pages the destination lacks, then send PREPARE and its state.
     PauseAndPrepare(Turn),
     /// Tell the program to stop for good, then send COMMIT.
     StopAndCommit(Turn),
@@ -101,9 +109,10 @@ impl SourceHandover {
 
     pub(crate) fn on(&mut self, event: SourceEvent) -> SourceAction {
         use SourceAction::{
-            CommitAgain, Ignore, PauseAndPrepare, Refuse, Release, ReleasedAgain, Resume, ResumeAndRefuse, SendOffer, StopAndCommit,
+            CommitAgain, Copy, Ignore, PauseAndPrepare, Refuse, Release, ReleasedAgain, Resume, ResumeAndRefuse, SendOffer,
+            StopAndCommit,
         };
-        use SourceState::{Committed, Offered, Paused, Released, Running};
+        use SourceState::{Committed, Copying, Offered, Paused, Released, Running};
         let (state, action) = match (self.state, event) {
             (Running, SourceEvent::Take(session)) => {
                 self.epoch += 1;
@@ -115,13 +124,16 @@ impl SourceHandover {
             (Committed(turn) | Released(turn), SourceEvent::Take(session)) if turn.session == session => {
                 (self.state, CommitAgain(turn))
             }
-            // Its stream broke after it was ready, or nearly. It is told no, so it must never get a yes: this attempt ends here, and its READY
+            // Its stream broke after it had mapped the regions. It is told no, so it must never get a yes: this attempt ends here, and its READY
             // comes too late.
-            (Paused(turn), SourceEvent::Take(session)) if turn.session == session => (Running, ResumeAndRefuse),
+            (Copying(turn) | Paused(turn), SourceEvent::Take(session)) if turn.session == session => (Running, ResumeAndRefuse),
             (_, SourceEvent::Take(_)) => (self.state, Refuse),
 
-            (Offered(turn), SourceEvent::Mapped(of)) if turn == of => (Paused(turn), PauseAndPrepare(turn)),
-            (Paused(turn), SourceEvent::Mapped(of)) if turn == of => (self.state, Ignore),
+            (Offered(turn), SourceEvent::Mapped(of)) if turn == of => (Copying(turn), Copy(turn)),
+            (Copying(turn) | Paused(turn), SourceEvent::Mapped(of)) if turn == of => (self.state, Ignore),
+
+            (Copying(turn), SourceEvent::Copied(of)) if turn == of => (Paused(turn), PauseAndPrepare(turn)),
+            (_, SourceEvent::Copied(_)) => (self.state, Ignore),
 
             // The one step in which the program changes hands.
             (Paused(turn), SourceEvent::Ready(of)) if turn == of => (Committed(turn), StopAndCommit(turn)),
@@ -131,7 +143,7 @@ impl SourceHandover {
             (Released(turn), SourceEvent::Complete(of)) if turn == of => (self.state, ReleasedAgain(turn)),
             (_, SourceEvent::Mapped(_) | SourceEvent::Ready(_) | SourceEvent::Complete(_)) => (self.state, Refuse),
 
-            (Offered(turn), SourceEvent::Failed(of)) if turn == of => (Running, Ignore),
+            (Offered(turn) | Copying(turn), SourceEvent::Failed(of)) if turn == of => (Running, Ignore),
             (Paused(turn), SourceEvent::Failed(of)) if turn == of => (Running, Resume),
             // After the commit no failure gives it back.
             (_, SourceEvent::Failed(_)) => (self.state, Ignore),

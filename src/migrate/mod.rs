@@ -1,47 +1,28 @@
 //! Moves a running program between hosts.
 //!
 //! Role: the job above regions and peers: who owns the program, when it pauses, when its pages move. Neighbours: `handover` decides, `source` and `destination`
-//! carry it out (each try at the source is an `attempt`), `gate` pauses the program; a future tracker and strategies join beside them. Invariants: S6: at most one owner, ever.
+//! carry it out (each try at the source is an `attempt`), `gate` pauses the program; `rounds` decides how long pages are copied before that, `copy` and `arrival` carry
+//! them, in the order of `owed`. Invariants: S6: at most one owner, ever.
 
+mod arrival;
 mod attempt;
+mod copy;
 mod destination;
 mod gate;
 mod handover;
+mod owed;
+mod rounds;
 mod source;
+mod strategy;
 
-use crate::{NetError, RegionError};
+use crate::{NetError, RegionError, net::wire::Copying};
 use std::time::Duration;
 use thiserror::Error;
 
 pub use destination::{Destination, DestinationBuilder, Moved};
 pub use gate::{Gate, GateThread, Pass, PauseError};
 pub use source::{Departed, Source, SourceBuilder};
-
-/// How the memory moves.
-///
-/// ```
-/// use pageferry::Strategy;
-/// assert_eq!(Strategy::post_copy(), Strategy::default());
-/// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Strategy {
-    kind: Kind,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Kind {
-    #[default]
-    PostCopy,
-}
-
-impl Strategy {
-    /// The program moves first and its pages follow: faults fetch what it touches while a pull brings the rest. The pause is the shortest there is;
-    /// afterwards the program is slower until its working set has come, and both hosts must live until the last page has.
-    #[must_use]
-    pub fn post_copy() -> Strategy {
-        Strategy { kind: Kind::PostCopy }
-    }
-}
+pub use strategy::{AtLimit, Strategy};
 
 /// Something that happened in a migration, at the end that reports it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +32,19 @@ pub enum MoveEvent {
     Offered {
         /// The number of the owner that it would make.
         epoch: u64,
+    },
+    /// Pages are being copied while the program runs.
+    Copying {
+        /// Which round, from 1.
+        round: u32,
+        /// Of pages that the destination lacks.
+        owed_bytes: u64,
+        /// How much the program writes a second, in whole pages.
+        dirty_bytes_s: u64,
+        /// How much the destination takes in a second.
+        bandwidth_bytes_s: u64,
+        /// How long the program would pause if it moved now.
+        predicted_downtime: Duration,
     },
     /// The program is paused.
     Paused,
@@ -77,6 +71,14 @@ pub enum MoveEvent {
     Complete,
     /// The source has let go of its copy.
     Released,
+}
+
+impl From<Copying> for MoveEvent {
+    fn from(copying: Copying) -> MoveEvent {
+        let Copying { round, owed_bytes, dirty_bytes_s, bandwidth_bytes_s, predicted_us } = copying;
+        let predicted_downtime = Duration::from_micros(predicted_us);
+        MoveEvent::Copying { round, owed_bytes, dirty_bytes_s, bandwidth_bytes_s, predicted_downtime }
+    }
 }
 
 /// A migration failed.

@@ -75,6 +75,7 @@ pub struct SourceBuilder<'a> {
     epoch: u64,
     pause_limit: Duration,
     offer_limit: Duration,
+    background_limit: Option<u64>,
     keep_memory: bool,
 }
 
@@ -125,6 +126,14 @@ impl SourceBuilder<'_> {
     #[must_use]
     pub fn pause_limit(mut self, limit: Duration) -> Self {
         self.pause_limit = limit;
+        self
+    }
+
+    /// The most bytes a second that pages take which no fault waits for, in copying and in pushing. What faults ask for, and what is sent while the program pauses, is not held back.
+    /// Default: as many as the path carries.
+    #[must_use]
+    pub fn background_limit(mut self, bytes_s: u64) -> Self {
+        self.background_limit = Some(bytes_s.max(1));
         self
     }
 
@@ -179,6 +188,9 @@ impl SourceBuilder<'_> {
             state: self.state,
             pause_limit: self.pause_limit,
             offer_limit: self.offer_limit,
+            background_limit: self.background_limit,
+            feeds: watch::Sender::new(Vec::new()),
+            finalize: watch::Sender::new(None),
             keep_memory: self.keep_memory,
             service: service.clone(),
             events: broadcast::Sender::new(64),
@@ -205,6 +217,7 @@ impl Source {
             epoch: 1,
             pause_limit: Duration::from_secs(2),
             offer_limit: Duration::from_secs(30),
+            background_limit: None,
             keep_memory: false,
         }
     }
@@ -237,6 +250,18 @@ impl Source {
             self.shared.tell(MoveEvent::Aborted { reason: "cancelled by the source".into() });
         }
         cancelled
+    }
+
+    /// Ends the copying of an attempt that is going on, whatever its strategy waits for: the program moves now. What is owed is sent within the pause if that fits the downtime limit of
+    /// the strategy, and follows the program otherwise. Whether there was one that copies.
+    pub fn finalize(&self) -> bool {
+        match self.shared.state() {
+            SourceState::Offered(turn) | SourceState::Copying(turn) => {
+                self.shared.finalize.send_replace(Some(turn));
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Returns when the program runs elsewhere and every page has arrived there. Until then this process must live.

@@ -5,6 +5,7 @@
 //! everything runs on a service's thread (S2).
 
 pub(crate) mod codec;
+mod feed;
 mod identity;
 mod lane;
 mod peer;
@@ -18,9 +19,11 @@ mod tls;
 mod transport;
 pub(crate) mod wire;
 
+pub(crate) use feed::{Fed, FeedReader};
 pub use identity::{Identity, IdentityError, PeerId, PeerIdError};
 pub use peer::{Peer, PeerBuilder};
 pub use remote::RemoteStore;
+pub(crate) use serve::Feed;
 pub(crate) use server::{Extension, TakeStream};
 pub use server::{Grant, Server, ServerBuilder};
 pub(crate) use stream::{FrameReader, FrameWriter, StreamError};

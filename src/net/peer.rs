@@ -11,7 +11,7 @@ use super::{
     stream::{FrameReader, FrameWriter, StreamError},
     tls::{self, Trust},
     transport::{PrivateRuntime, TransportOptions},
-    wire::{Access, Agent, Class, ErrorCode, Frame, Name, PROTOCOL_VERSION},
+    wire::{Access, Agent, Class, ErrorCode, Frame, Name, PROTOCOL_VERSION, Plan},
 };
 use crate::{Extent, Hops, NetError, PageSize, Run, Service, StoreError};
 use std::{
@@ -213,16 +213,8 @@ impl Peer {
 
     /// A stream of its own for a handover.
     pub(crate) async fn open_stream(&self) -> Result<(FrameWriter, FrameReader), NetError> {
-        self.on_service(|inner| async move {
-            let link = inner.link().await?;
-            let opened = tokio::time::timeout(inner.options.answer_timeout, link.connection.open_bi()).await;
-            let (send, receive) =
-                opened.map_err(|_| inner.no_connection("the peer allows no more streams"))?.map_err(|error| inner.lost(&error))?;
-            let writer = FrameWriter::new(send);
-            writer.prioritise(CONTROL_PRIORITY);
-            Ok((writer, FrameReader::new(receive)))
-        })
-        .await
+        let opened = self.on_service(|inner| async move { inner.link().await?.stream(&inner).await }).await;
+        opened.inspect(|(writer, _)| writer.prioritise(CONTROL_PRIORITY))
     }
 
     /// From now on a server is used only if it is the source that committed this session: one that was started anew at the same address, with the same
@@ -335,7 +327,9 @@ impl Inner {
         let (mut writer, mut reader) = (FrameWriter::new(send), FrameReader::new(receive));
         writer.prioritise(CONTROL_PRIORITY);
         let ended = |error: StreamError| self.no_connection(error.to_string());
-        writer.send(&Frame::Take { session }).await.map_err(ended)?;
+        // How it would come means nothing to a session that has come.
+        let plan = Plan::POST_COPY;
+        writer.send(&Frame::Take { session, plan }).await.map_err(ended)?;
         match reader.next().await.map_err(ended)? {
             Some(Frame::Commit { session: of, epoch: at }) if (of, at) == (session, epoch) => Ok(()),
             None => Err(self.no_connection("the source did not say whether it knows the migration")),
@@ -355,6 +349,13 @@ impl Link {
     /// The region, if it was opened on this connection.
     pub(super) fn opened(&self, name: &Name) -> Option<Opened> {
         lock(&self.regions).get(&***name).copied()
+    }
+
+    pub(super) async fn stream(&self, inner: &Inner) -> Result<(FrameWriter, FrameReader), NetError> {
+        let opened = tokio::time::timeout(inner.options.answer_timeout, self.connection.open_bi()).await;
+        let (send, receive) =
+            opened.map_err(|_| inner.no_connection("the peer allows no more streams"))?.map_err(|error| inner.lost(&error))?;
+        Ok((FrameWriter::new(send), FrameReader::new(receive)))
     }
 
     pub(super) async fn open(&self, inner: &Inner, name: &Name) -> Result<Opened, NetError> {

@@ -27,14 +27,43 @@ pub(super) struct RemotePull {
     /// Received and not given yet: a dropped `next` goes on where it stopped.
     head: Option<DataHead>,
     content: Option<Bytes>,
-    window_bytes: u64,
-    used_bytes: u64,
-    credited_bytes: u64,
+    window: Window,
     over: bool,
 }
 
 /// Credit is renewed in steps of this many bytes: often enough that a server which keeps little more than the path holds never waits for it.
 pub(super) const CREDIT_STEP_BYTES: u64 = 128 * 1024;
+
+/// What a client lets be on the way to it.
+pub(super) struct Window {
+    bytes: u64,
+    pub(super) used_bytes: u64,
+    credited_bytes: u64,
+}
+
+impl Window {
+    pub(super) fn new(bytes: u64) -> Window {
+        Window { bytes, used_bytes: 0, credited_bytes: bytes }
+    }
+
+    /// Gives new credit for what was used, if it is worth a frame.
+    pub(super) async fn renew(&mut self, writer: &mut FrameWriter) {
+        if self.used_bytes + self.bytes >= self.credited_bytes + CREDIT_STEP_BYTES {
+            self.renew_all(writer).await;
+        }
+    }
+
+    /// Tells all that was used, if anything was since it was told last.
+    pub(super) async fn renew_all(&mut self, writer: &mut FrameWriter) {
+        if self.credited_bytes == self.used_bytes + self.bytes {
+            return;
+        }
+        self.credited_bytes = self.used_bytes + self.bytes;
+        // A server that has sent everything stops listening for credit while its last runs are still on the way; a lost
+        // connection shows in the next read.
+        let _ = writer.send(&Frame::Credit { total_bytes: self.credited_bytes }).await;
+    }
+}
 
 impl RemotePull {
     pub(super) async fn start(
@@ -61,9 +90,7 @@ impl RemotePull {
             setting,
             head: None,
             content: None,
-            window_bytes,
-            used_bytes: 0,
-            credited_bytes: window_bytes,
+            window: Window::new(window_bytes),
             over: false,
         })
     }
@@ -108,14 +135,9 @@ impl RemotePull {
         let decoded_len = head.decoded_len(self.page).map_err(|error| self.broken(error.into()))?;
         if self.content.is_none() {
             self.content = Some(self.reader.content(&head).await.map_err(|error| self.broken(error))?);
-            self.used_bytes += head.len_bytes() as u64;
+            self.window.used_bytes += head.len_bytes() as u64;
         }
-        if self.used_bytes + self.window_bytes >= self.credited_bytes + CREDIT_STEP_BYTES {
-            self.credited_bytes = self.used_bytes + self.window_bytes;
-            // A server that has sent everything stops listening for credit while its last runs are still on the way; a lost
-            // connection shows in the next read.
-            let _ = self.writer.send(&Frame::Credit { total_bytes: self.credited_bytes }).await;
-        }
+        self.window.renew(&mut self.writer).await;
         self.head = None;
         let content = self.content.take().unwrap_or_default();
         let content = decode_run(head.encoding(), content, decoded_len).map_err(|error| self.broken(error.into()))?;

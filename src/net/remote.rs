@@ -7,6 +7,7 @@
 use super::{
     peer::{Inner, Link, Opened, Peer},
     pull::RemotePull,
+    stream::{FrameReader, FrameWriter},
     wire::{Access, Class, EncodedRun, Frame, Name, PullExtents, RunExtent},
 };
 use crate::{Extent, NetError, PageSize, PageStore, Pull, ReadAfterRead, Run, StoreError};
@@ -71,6 +72,18 @@ impl RemoteStore {
             )));
         }
         Ok((link, opened))
+    }
+
+    /// A new stream of the connection, the region's number on it and the credit that bulk gets.
+    pub(super) async fn stream(&self) -> Result<(FrameWriter, FrameReader, u32, u64), NetError> {
+        let name = self.name.clone();
+        let work = |inner: Arc<Inner>| async move {
+            let link = inner.link().await?;
+            let opened = link.open(&inner, &name).await?;
+            let (writer, reader) = link.stream(&inner).await?;
+            Ok((writer, reader, opened.region, u64::from(inner.options.stream_window_bytes)))
+        };
+        self.peer.on_service(work).await
     }
 
     async fn read_class(&self, extent: Extent, class: Class) -> Result<Vec<Run>, StoreError> {

@@ -1,12 +1,16 @@
 //! One connection's state at the server, and what each of its streams is for.
 //!
-//! Role: hop *serve*: a stream's first frame, and the control stream. Neighbours: `server` accepts the streams; `lane` answers requests and `pull` streams bulk reads, both
-//! from the stores opened here. Invariants: S7: a peer reaches what it was granted and nothing else, a frame that breaks the protocol closes the connection.
+//! Role: hop *serve*: a stream's first frame, and the control stream. Neighbours: `server` accepts the streams; `lane` answers requests, `pull` streams bulk reads and `feed` what a source sends
+//! by itself, all from the stores opened here. Invariants: S7: a peer reaches what it was granted and nothing else, a frame that breaks the protocol closes the connection.
 
+mod bulk;
+mod feed;
 mod lane;
 mod pull;
 
-use self::pull::Sent;
+pub(crate) use self::feed::Feed;
+
+use self::bulk::Sent;
 use super::{
     identity::PeerId,
     lane::CONTROL_PRIORITY,
@@ -107,14 +111,17 @@ impl Session {
             Frame::Pull { region, credit_bytes, extents } => {
                 self.pull(region, credit_bytes, extents.to_vec(), &mut writer, reader).await
             }
-            Frame::Take { session } => match &self.shared.extension {
+            Frame::Take { session, plan } => match &self.shared.extension {
                 Some(extension) => {
                     writer.prioritise(CONTROL_PRIORITY);
-                    extension.take(TakeStream { peer: self.peer, session, writer, reader }).await;
+                    extension.take(TakeStream { peer: self.peer, session, plan, writer, reader }).await;
                     return;
                 }
-                None => writer.send(&failed(ErrorCode::NoSession, "this server has no program to hand over")).await,
+                None => writer.send(&no_program()).await,
             },
+            Frame::Feed { session, epoch, region, credit_bytes } => {
+                return self.feed((session, epoch), region, credit_bytes, writer, reader).await;
+            }
             other => Err(unexpected(&other, "the first frame of a stream")),
         };
         if let Err(error) = served {
@@ -205,6 +212,10 @@ fn split(run: Run, page: PageSize) -> Vec<Run> {
 
 fn failed(code: ErrorCode, message: &str) -> Frame {
     Frame::Failed { code, message: Message::cut(message) }
+}
+
+fn no_program() -> Frame {
+    failed(ErrorCode::NoSession, "this server has no program to hand over")
 }
 
 fn unexpected(frame: &Frame, expected: &'static str) -> StreamError {

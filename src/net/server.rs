@@ -6,11 +6,11 @@
 
 use super::{
     identity::{Identity, PeerId},
-    serve::Session,
+    serve::{Feed, Session},
     stream::{FrameReader, FrameWriter},
     tls::{self, Trust},
     transport::{PrivateRuntime, TransportOptions, recognisable},
-    wire::Access,
+    wire::{Access, Plan},
 };
 use crate::{NetError, PageStore, Service};
 use std::{
@@ -92,6 +92,7 @@ impl Granted {
 pub(crate) struct TakeStream {
     pub(crate) peer: PeerId,
     pub(crate) session: u128,
+    pub(crate) plan: Plan,
     pub(crate) writer: FrameWriter,
     pub(crate) reader: FrameReader,
 }
@@ -100,6 +101,9 @@ pub(crate) struct TakeStream {
 pub(crate) trait Extension: Send + Sync {
     /// A peer asks to take over the program (TAKE). Runs on the server's service until the future ends.
     fn take(&self, stream: TakeStream) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+
+    /// A peer listens for the pages of a region (FEED). Dropping it ends the stream.
+    fn feed(&self, feed: Feed);
 }
 
 /// See [`Server::builder`].

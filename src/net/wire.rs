@@ -13,9 +13,9 @@ mod tests;
 pub(crate) use fields::*;
 pub(crate) use run::{DATA_FIELDS_BYTES, DataHead, EncodedRun, encode_data_head};
 
-use crate::PageSize;
+use crate::{Extent, PageSize};
 use bytes::{BufMut, Bytes, BytesMut};
-use fields::{Payload, count_of, extent, in_range, run_extent};
+use fields::{EXTENT_BYTES, Payload, count_of, in_range, run_extent};
 use std::ops::RangeInclusive;
 
 macro_rules! kinds {
@@ -59,10 +59,10 @@ kinds! {
     0x12 "WRITE"     Write     16, 16 + MAX_RUN_BYTES;
     0x13 "FLUSH"     Flush     4, 4;
     0x14 "DONE"      Done      0, 0;
-    0x20 "PULL"      Pull      16, 16 + MAX_PULL_EXTENTS * PULL_ITEM_BYTES;
+    0x20 "PULL"      Pull      16, 16 + MAX_PULL_EXTENTS * EXTENT_BYTES;
     0x21 "CREDIT"    Credit    8, 8;
     0x22 "END"       End       0, 0;
-    0x30 "TAKE"      Take      16, 16;
+    0x30 "TAKE"      Take      32, 32;
     0x31 "OFFER"     Offer     34, 34 + MAX_OFFER_REGIONS * (OFFER_ITEM_MIN_BYTES - 1 + MAX_NAME_BYTES);
     0x32 "STATE"     State     1, MAX_STATE_PIECE_BYTES;
     0x33 "READY"     Ready     24, 24;
@@ -73,10 +73,11 @@ kinds! {
     0x38 "ABORT"     Abort     28, 28 + MAX_MESSAGE_BYTES;
     0x39 "MAPPED"    Mapped    24, 24;
     0x3a "PREPARE"   Prepare   32, 32;
+    0x3b "FEED"      Feed      36, 36;
+    0x3c "LACKS"     Lacks     5, 5 + MAX_PULL_EXTENTS * EXTENT_BYTES;
+    0x3d "PROGRESS"  Progress  60, 60;
 }
 
-/// An extent of a PULL: `first` and `count`.
-const PULL_ITEM_BYTES: u32 = 16;
 /// A region of an OFFER with a name of one byte.
 const OFFER_ITEM_MIN_BYTES: u32 = 2 + 1 + 8 + 8;
 
@@ -205,6 +206,7 @@ pub(crate) enum Frame {
     End,
     Take {
         session: u128,
+        plan: Plan,
     },
     Offer {
         session: u128,
@@ -252,6 +254,36 @@ pub(crate) enum Frame {
         epoch: u64,
         state_bytes: StateLength,
     },
+    /// The first frame of a stream on which the source sends a region's pages as it sees fit.
+    Feed {
+        session: u128,
+        epoch: u64,
+        region: u32,
+        credit_bytes: u64,
+    },
+    /// The pages of a feed's region whose content the destination does not have when the program is paused.
+    Lacks {
+        more: bool,
+        extents: PullExtents,
+    },
+    /// How far copying is.
+    Progress {
+        session: u128,
+        epoch: u64,
+        copying: Copying,
+    },
+}
+
+/// How far the copying of a running program is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Copying {
+    /// From 1.
+    pub(crate) round: u32,
+    /// Of pages that the destination lacks.
+    pub(crate) owed_bytes: u64,
+    pub(crate) dirty_bytes_s: u64,
+    pub(crate) bandwidth_bytes_s: u64,
+    pub(crate) predicted_us: u64,
 }
 
 impl Frame {
@@ -282,6 +314,9 @@ impl Frame {
             Frame::Abort { .. } => Kind::Abort,
             Frame::Mapped { .. } => Kind::Mapped,
             Frame::Prepare { .. } => Kind::Prepare,
+            Frame::Feed { .. } => Kind::Feed,
+            Frame::Lacks { .. } => Kind::Lacks,
+            Frame::Progress { .. } => Kind::Progress,
         }
     }
 
@@ -323,14 +358,11 @@ impl Frame {
             Kind::Done => Frame::Done,
             Kind::Pull => {
                 let (region, count, credit_bytes) = (p.u32("region")?, p.u32("extents")?, p.u64("credit_bytes")?);
-                let extents = p.list("extents", count as usize, PULL_ITEM_BYTES as usize, |p| {
-                    extent(frame, p.u64("first")?, p.u64("count")?)
-                })?;
-                Frame::Pull { region, credit_bytes, extents: PullExtents::of_field(frame, "extents", extents)? }
+                Frame::Pull { region, credit_bytes, extents: p.extents(count)? }
             }
             Kind::Credit => Frame::Credit { total_bytes: p.u64("total_bytes")? },
             Kind::End => Frame::End,
-            Kind::Take => Frame::Take { session: p.u128("session")? },
+            Kind::Take => Frame::Take { session: p.u128("session")?, plan: p.plan()? },
             Kind::Offer => {
                 let (session, epoch) = (p.u128("session")?, p.u64("epoch")?);
                 let state_bytes = StateLength::of_field(frame, "state_bytes", p.u64("state_bytes")?)?;
@@ -353,6 +385,25 @@ impl Frame {
                 let (session, epoch) = (p.u128("session")?, p.u64("epoch")?);
                 let state_bytes = StateLength::of_field(frame, "state_bytes", p.u64("state_bytes")?)?;
                 Frame::Prepare { session, epoch, state_bytes }
+            }
+            Kind::Feed => {
+                let (session, epoch) = (p.u128("session")?, p.u64("epoch")?);
+                Frame::Feed { session, epoch, region: p.u32("region")?, credit_bytes: p.u64("credit_bytes")? }
+            }
+            Kind::Lacks => {
+                let (count, more) = (p.u32("extents")?, p.flag("more")?);
+                Frame::Lacks { more, extents: p.extents(count)? }
+            }
+            Kind::Progress => {
+                let (session, epoch) = (p.u128("session")?, p.u64("epoch")?);
+                let copying = Copying {
+                    round: p.u32("round")?,
+                    owed_bytes: p.u64("owed_bytes")?,
+                    dirty_bytes_s: p.u64("dirty_bytes_s")?,
+                    bandwidth_bytes_s: p.u64("bandwidth_bytes_s")?,
+                    predicted_us: p.u64("predicted_us")?,
+                };
+                Frame::Progress { session, epoch, copying }
             }
             Kind::Abort => {
                 let (session, epoch) = (p.u128("session")?, p.u64("epoch")?);
@@ -406,13 +457,17 @@ impl Frame {
                 out.put_u32_le(*region);
                 out.put_u32_le(extents.len() as u32);
                 out.put_u64_le(*credit_bytes);
-                for extent in extents.iter() {
-                    out.put_u64_le(extent.first());
-                    out.put_u64_le(extent.count());
-                }
+                put_extents(out, extents);
             }
             Frame::Credit { total_bytes } => out.put_u64_le(*total_bytes),
-            Frame::Take { session } => out.put_u128_le(*session),
+            Frame::Take { session, plan } => {
+                out.put_u128_le(*session);
+                out.put_u8(plan.kind as u8);
+                out.put_u8(plan.at_limit as u8);
+                out.put_u16_le(plan.round_limit);
+                out.put_u32_le(plan.downtime_limit_us);
+                out.put_u64_le(plan.time_limit_ms);
+            }
             Frame::Offer { session, epoch, state_bytes, regions } => {
                 put_turn(out, *session, *epoch);
                 out.put_u64_le(**state_bytes);
@@ -434,6 +489,23 @@ impl Frame {
             Frame::Prepare { session, epoch, state_bytes } => {
                 put_turn(out, *session, *epoch);
                 out.put_u64_le(**state_bytes);
+            }
+            Frame::Feed { session, epoch, region, credit_bytes } => {
+                put_turn(out, *session, *epoch);
+                out.put_u32_le(*region);
+                out.put_u64_le(*credit_bytes);
+            }
+            Frame::Lacks { more, extents } => {
+                out.put_u32_le(extents.len() as u32);
+                out.put_u8((*more).into());
+                put_extents(out, extents);
+            }
+            Frame::Progress { session, epoch, copying } => {
+                put_turn(out, *session, *epoch);
+                out.put_u32_le(copying.round);
+                for number in [copying.owed_bytes, copying.dirty_bytes_s, copying.bandwidth_bytes_s, copying.predicted_us] {
+                    out.put_u64_le(number);
+                }
             }
             Frame::Abort { session, epoch, code, message } => {
                 put_turn(out, *session, *epoch);
@@ -458,6 +530,13 @@ fn put_failure(out: &mut BytesMut, code: ErrorCode, message: &Message) {
     out.put_u16_le(code.into());
     out.put_u16_le(message.len() as u16);
     out.put_slice(message.as_bytes());
+}
+
+fn put_extents(out: &mut BytesMut, extents: &[Extent]) {
+    for extent in extents {
+        out.put_u64_le(extent.first());
+        out.put_u64_le(extent.count());
+    }
 }
 
 fn put_turn(out: &mut BytesMut, session: u128, epoch: u64) {

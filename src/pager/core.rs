@@ -54,6 +54,13 @@ impl Core {
         Core { residency, around, in_flight_pages: 0, max_in_flight_pages: max_in_flight_pages.max(1), waiting: VecDeque::new() }
     }
 
+    /// Everything is here but what `lacking` names.
+    pub(crate) fn lacking(pages: u64, lacking: &[Extent], around: Around, max_in_flight_pages: u64) -> Core {
+        let mut core = Core::new(pages, true, around, max_in_flight_pages);
+        lacking.iter().for_each(|extent| core.residency.lack(*extent));
+        core
+    }
+
     pub(crate) fn residency(&self) -> &Residency {
         &self.residency
     }

@@ -52,6 +52,23 @@ impl Engine {
         }
     }
 
+    /// Installs what was sent unasked, as far as it is missing. Waits for room, not for the install.
+    pub(crate) async fn push_in(engine: Weak<Engine>, id: RegionId, run: Run) -> Result<(), RegionError> {
+        let installer = {
+            let engine = engine.upgrade().ok_or(RegionError::PagerStopped)?;
+            let within = engine.with_entry(id, |entry| entry.residency().extent()).ok_or(RegionError::PagerStopped)?;
+            check_run(&run, within, engine.page)?;
+            engine.installer()?
+        };
+        installer.install(id, run, Arc::default()).await
+    }
+
+    /// Returns when everything that was pushed in is installed.
+    pub(crate) async fn settled(engine: Weak<Engine>) -> Result<(), RegionError> {
+        let installer = engine.upgrade().ok_or(RegionError::PagerStopped)?.installer()?;
+        installer.settled().await
+    }
+
     /// Streams all that is missing in the background and returns when nothing is.
     pub(crate) async fn pull(engine: Weak<Engine>, id: RegionId) -> Result<(), RegionError> {
         let (mut attempt, mut failing_since) = (0, None);

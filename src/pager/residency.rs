@@ -39,6 +39,11 @@ impl Residency {
         Residency { resident: BitVec::repeat(resident, len), asked: empty.clone(), discarded: empty.clone(), lost: empty }
     }
 
+    /// These pages are missing, to begin with.
+    pub(crate) fn lack(&mut self, extent: Extent) {
+        slice(&mut self.resident, extent).fill(false);
+    }
+
     pub(crate) fn extent(&self) -> Extent {
         Extent::between(0, self.resident.len() as u64)
     }

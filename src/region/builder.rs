@@ -158,7 +158,7 @@ impl RegionBuilder {
                 page,
                 fixed: self.address.is_some(),
                 mapping: Some(mapping),
-                paged,
+                paged: paged.map_or_else(OnceLock::new, OnceLock::from),
                 followed: OnceLock::new(),
                 follower: self.pager,
             }),

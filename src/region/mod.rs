@@ -3,6 +3,7 @@
 //! Role: chooses the backend of a region, reads and writes it soundly, and ends it without a zero page. Neighbours: `pager` fills it; `migrate` moves it; `net`
 //! serves it through [`RegionStore`]. Invariants: S1 (a drop unmaps before anything is unregistered), S8 (no `&[u8]` of live memory).
 
+mod arrival;
 mod builder;
 mod capabilities;
 mod serve;
@@ -24,6 +25,7 @@ use std::{
 };
 use tokio::sync::broadcast;
 
+pub(crate) use arrival::Upstream;
 pub use builder::RegionBuilder;
 pub use capabilities::Capabilities;
 pub use serve::RegionStore;
@@ -76,7 +78,8 @@ struct Inner {
     fixed: bool,
     /// `None` only while the drop unmaps it.
     mapping: Option<Arc<Mapping>>,
-    paged: Option<Paged>,
+    /// With a store: from the beginning, or from when its program arrived.
+    paged: OnceLock<Paged>,
     /// Of a region without a store, from when its writes are first followed.
     followed: OnceLock<Paged>,
     /// Who is to follow them.
@@ -245,7 +248,7 @@ impl Region {
     /// [`RegionError::OutOfRange`], [`RegionError::Lost`].
     pub async fn populate(&self, range: Range<u64>) -> Result<(), RegionError> {
         let within = self.pages_of(range)?;
-        let Some(paged) = &self.inner.paged else { return Ok(()) };
+        let Some(paged) = self.inner.paged.get() else { return Ok(()) };
         let (engine, id) = (paged.pager.engine().clone(), paged.id);
         // On the service: the requests belong to its runtime, the waiting task may be the caller's.
         paged.pager.service().spawn(engine.populate(id, within)).await.map_err(|_| RegionError::PagerStopped)?
@@ -257,7 +260,7 @@ impl Region {
     /// As for [`populate`](Region::populate), and [`RegionError::PagerStopped`] on the pager's own thread, which would wait for itself.
     pub fn populate_blocking(&self, range: Range<u64>) -> Result<(), RegionError> {
         let within = self.pages_of(range)?;
-        let Some(paged) = &self.inner.paged else { return Ok(()) };
+        let Some(paged) = self.inner.paged.get() else { return Ok(()) };
         let (engine, id) = (paged.pager.engine().clone(), paged.id);
         paged.pager.service().run(engine.populate(id, within)).unwrap_or(Err(RegionError::PagerStopped))
     }
@@ -274,7 +277,7 @@ impl Region {
 
     /// As [`pull`](Region::pull), without holding the region: dropping its last handle ends the pull.
     pub(crate) fn pull_owned(&self) -> impl Future<Output = Result<(), RegionError>> + Send + use<> {
-        let pull = self.inner.paged.as_ref().map(|paged| {
+        let pull = self.inner.paged.get().map(|paged| {
             let pull = Engine::pull(Arc::downgrade(paged.pager.engine()), paged.id);
             paged.pager.service().spawn(pull)
         });
@@ -331,7 +334,7 @@ impl Region {
             })
         };
         let all = ResidencySnapshot { pages, resident: pages, discarded: 0, lost: 0 };
-        self.inner.paged.as_ref().and_then(look).unwrap_or(all)
+        self.inner.paged.get().and_then(look).unwrap_or(all)
     }
 
     /// The extents that hold their data here, in order.
@@ -341,19 +344,19 @@ impl Region {
         let look = |paged: &Paged| {
             paged.pager.engine().with_entry(paged.id, |entry| entry.residency().resident(all).collect::<Vec<Extent>>())
         };
-        self.inner.paged.as_ref().and_then(look).unwrap_or_else(|| vec![all])
+        self.inner.paged.get().and_then(look).unwrap_or_else(|| vec![all])
     }
 
     /// What happened so far. All zero for a region without a store.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.inner.paged.as_ref().map(|paged| paged.counters.snapshot()).unwrap_or_default()
+        self.inner.paged.get().map(|paged| paged.counters.snapshot()).unwrap_or_default()
     }
 
     /// Latency by hop; `None` for a region without a store.
     #[must_use]
     pub fn hops(&self) -> Option<&Hops> {
-        self.inner.paged.as_ref().map(|paged| &paged.counters.hops)
+        self.inner.paged.get().map(|paged| &paged.counters.hops)
     }
 
     /// Bytes of memory that following this region's pages takes, beside the pages themselves.
@@ -366,7 +369,7 @@ impl Region {
     /// News of this region from now on. A receiver that falls 64 events behind misses the oldest.
     #[must_use]
     pub fn events(&self) -> broadcast::Receiver<RegionEvent> {
-        self.inner.paged.as_ref().map_or_else(|| broadcast::channel(1).1, |paged| paged.events.subscribe())
+        self.inner.paged.get().map_or_else(|| broadcast::channel(1).1, |paged| paged.events.subscribe())
     }
 
     fn mapping(&self) -> &Arc<Mapping> {
@@ -384,7 +387,7 @@ impl Region {
     }
 
     fn refuse_lost(&self, offset: u64, len: usize) -> Result<(), RegionError> {
-        let Some(paged) = &self.inner.paged else { return Ok(()) };
+        let Some(paged) = self.inner.paged.get() else { return Ok(()) };
         if !paged.any_lost.load(Ordering::Acquire) {
             return Ok(());
         }

@@ -62,7 +62,7 @@ impl PageStore for RegionStore {
         let len = usize::try_from(extent.bytes(page)).unwrap_or(usize::MAX);
         let offset = page.offset_of(extent.first());
         let failed = |error| store_error("reading a region", extent, error);
-        let bytes = if self.region.inner.paged.is_none() {
+        let bytes = if self.region.inner.paged.get().is_none() {
             let mut bytes = BytesMut::zeroed(len);
             self.region.mapping().read_live(offset, &mut bytes).map_err(failed)?;
             bytes.freeze()

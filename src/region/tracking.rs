@@ -65,7 +65,7 @@ impl Region {
             Some(joined) => joined,
             None => self.follow()?,
         };
-        let kind = joined.pager.engine().track(joined.id, self.inner.paged.is_some())?;
+        let kind = joined.pager.engine().track(joined.id, self.inner.paged.get().is_some())?;
         joined.tracked.store(true, Ordering::Release);
         tracing::debug!(region = self.name(), %kind, "following writes");
         Ok(Tracking { region: self.clone(), kind })
@@ -73,7 +73,7 @@ impl Region {
 
     /// What a pager knows it by.
     pub(super) fn joined(&self) -> Option<&Paged> {
-        self.inner.paged.as_ref().or_else(|| self.inner.followed.get())
+        self.inner.paged.get().or_else(|| self.inner.followed.get())
     }
 
     /// Joins a pager that has nothing to fill.

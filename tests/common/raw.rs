@@ -2,7 +2,7 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
-use crate::net::{Asked, DATA, Got, HELLO, Liar, RawClient, TAKE, frame, lane, read, soon};
+use crate::net::{Asked, DATA, Got, HELLO, Liar, OPENED, RawClient, TAKE, WELCOME, frame, hello, lane, open, read, soon};
 use pageferry::Identity;
 use std::net::SocketAddr;
 use tokio::sync::mpsc;
@@ -17,6 +17,8 @@ pub const RELEASED: u8 = 0x37;
 pub const ABORT: u8 = 0x38;
 pub const MAPPED: u8 = 0x39;
 pub const PREPARE: u8 = 0x3a;
+pub const FEED: u8 = 0x3b;
+pub const LACKS: u8 = 0x3c;
 
 /// Codes of an ABORT.
 pub const ABORTED: u16 = 9;
@@ -29,24 +31,72 @@ pub struct Handover {
     pub session: u128,
     /// Of the last frame that had one.
     pub epoch: u64,
+    /// Of a destination: with what it listens for pages.
+    connection: Option<quinn::Connection>,
+    names: Vec<String>,
+    feeds: Vec<(quinn::SendStream, quinn::RecvStream)>,
+}
+
+/// No strategy but post-copy, and no limits.
+pub const POST_COPY: [u8; 16] = [0; 16];
+
+fn names(offer: &[u8]) -> Vec<String> {
+    let (count, mut rest) = (u16::from_le_bytes([offer[32], offer[33]]), &offer[34..]);
+    let mut next = || {
+        let len = usize::from(rest[0]);
+        let name = String::from_utf8(rest[1..1 + len].to_vec()).unwrap();
+        rest = &rest[1 + len + 17..];
+        name
+    };
+    (0..count).map(|_| next()).collect()
 }
 
 impl Handover {
+    fn new(send: quinn::SendStream, receive: quinn::RecvStream, session: u128, connection: Option<quinn::Connection>) -> Handover {
+        Handover { send, receive, session, epoch: 0, connection, names: Vec::new(), feeds: Vec::new() }
+    }
+
     pub async fn say_with(&mut self, kind: u8, rest: &[u8]) {
         let turn = [&self.session.to_le_bytes()[..], &self.epoch.to_le_bytes()].concat();
         // The other end may be gone: the test looks at what comes of it.
         let _ = self.send.write_all(&frame(kind, 0, &[&turn, rest].concat())).await;
     }
 
-    /// Sends a frame of session and epoch.
+    /// Sends a frame of session and epoch. A destination listens for the pages of all regions before it says MAPPED.
     pub async fn say(&mut self, kind: u8) {
+        if kind == MAPPED
+            && let Some(connection) = self.connection.clone()
+        {
+            self.feeds.clear();
+            for name in self.names.clone() {
+                self.listen(&connection, &name).await;
+            }
+        }
         self.say_with(kind, &[]).await;
+    }
+
+    async fn listen(&mut self, connection: &quinn::Connection, name: &str) {
+        // Whatever is refused, or lost, the test looks at what comes of it.
+        let Ok((mut send, mut receive)) = connection.open_bi().await else { return };
+        let _ = send.write_all(&[hello(1), open(name)].concat()).await;
+        let _ = send.finish();
+        let (first, second) = (Got::read(&mut receive).await, Got::read(&mut receive).await);
+        let (Some(WELCOME), Some(OPENED)) = (first.map(|got| got.kind), second.as_ref().map(|got| got.kind)) else { return };
+        let region = second.unwrap().u32_at(0);
+        let turn = [&self.session.to_le_bytes()[..], &self.epoch.to_le_bytes()].concat();
+        let rest = [&region.to_le_bytes()[..], &0u64.to_le_bytes()].concat();
+        let Ok((mut send, receive)) = connection.open_bi().await else { return };
+        let _ = send.write_all(&frame(FEED, 0, &[turn, rest].concat())).await;
+        self.feeds.push((send, receive));
     }
 
     pub async fn hear(&mut self) -> Option<(u8, Vec<u8>)> {
         let Got { kind, payload, .. } = soon("a frame of the handover", Got::read(&mut self.receive)).await?;
         if kind != STATE && kind != TAKE {
             self.epoch = u64::from_le_bytes(payload[16..24].try_into().unwrap());
+        }
+        if kind == OFFER {
+            self.names = names(&payload);
         }
         Some((kind, payload))
     }
@@ -116,8 +166,9 @@ impl RawDestination {
 
     /// A stream on which TAKE was sent.
     pub async fn take(&self, session: u128) -> Handover {
-        let (send, receive) = self.client.stream(&frame(TAKE, 0, &session.to_le_bytes())).await;
-        Handover { send, receive, session, epoch: 0 }
+        let take = frame(TAKE, 0, &[&session.to_le_bytes()[..], &POST_COPY].concat());
+        let (send, receive) = self.client.stream(&take).await;
+        Handover::new(send, receive, session, Some(self.client.connection.clone()))
     }
 
     /// The bytes of a region.
@@ -154,8 +205,15 @@ impl RawSource {
                 match asked.first.kind {
                     HELLO => asked.control(pages).await,
                     TAKE => {
-                        let session = u128::from_le_bytes(asked.first.payload.try_into().unwrap());
-                        let _ = taken.send(Handover { send: asked.send, receive: asked.receive, session, epoch: 0 });
+                        let session = u128::from_le_bytes(asked.first.payload[..16].try_into().unwrap());
+                        let _ = taken.send(Handover::new(asked.send, asked.receive, session, None));
+                    }
+                    // All is lacking, and nothing is sent unasked.
+                    FEED => {
+                        let mut asked = asked;
+                        let all = [&1u32.to_le_bytes()[..], &[0], &0u64.to_le_bytes(), &pages.to_le_bytes()].concat();
+                        asked.say(&frame(LACKS, 0, &all)).await;
+                        let _ = asked.send.finish();
                     }
                     _ => {}
                 }

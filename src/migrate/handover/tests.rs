@@ -67,7 +67,8 @@ impl World {
     fn at_source(&mut self, d: usize, event: SourceEvent) {
         let version = self.source_version;
         match self.source.on(event) {
-            SourceAction::Ignore => {}
+            // How long it takes is the world's choice: it says so when it is done.
+            SourceAction::Ignore | SourceAction::Copy(_) => {}
             SourceAction::SendOffer(turn) => self.send((d, false, Message::Offer, turn.epoch, 0)),
             SourceAction::PauseAndPrepare(turn) => {
                 self.source_runs = false;
@@ -138,7 +139,9 @@ impl World {
     /// The end of the attempt that the source is in, if it is one of `d`.
     fn source_failure(&self, d: usize) -> Option<SourceEvent> {
         match self.source.state() {
-            SourceState::Offered(turn) | SourceState::Paused(turn) | SourceState::Committed(turn) if turn.session == session(d) => {
+            SourceState::Offered(turn) | SourceState::Copying(turn) | SourceState::Paused(turn) | SourceState::Committed(turn)
+                if turn.session == session(d) =>
+            {
                 Some(SourceEvent::Failed(turn))
             }
             _ => None,
@@ -183,6 +186,11 @@ impl World {
                     world.wire.remove(at);
                 });
             }
+        }
+        if let SourceState::Copying(turn) = self.source.state()
+            && let Some(d) = (0..self.destinations.len()).find(|d| session(*d) == turn.session)
+        {
+            step(&|world| world.at_source(d, SourceEvent::Copied(turn)));
         }
         for d in 0..self.destinations.len() {
             if self.destinations[d].state() == DestinationState::Owner {
@@ -273,7 +281,8 @@ fn after_the_commit_only_its_session_is_answered_and_no_failure_undoes_it() {
     let (first, second) = (Turn { session: 1, epoch: 8 }, Turn { session: 2, epoch: 9 });
     let mut source = SourceHandover::new(7);
     assert_eq!(source.on(SourceEvent::Take(1)), SourceAction::SendOffer(first));
-    assert_eq!(source.on(SourceEvent::Mapped(first)), SourceAction::PauseAndPrepare(first));
+    assert_eq!(source.on(SourceEvent::Mapped(first)), SourceAction::Copy(first));
+    assert_eq!(source.on(SourceEvent::Copied(first)), SourceAction::PauseAndPrepare(first));
     assert_eq!(source.on(SourceEvent::Ready(first)), SourceAction::StopAndCommit(first));
     assert_eq!(source.on(SourceEvent::Failed(first)), SourceAction::Ignore);
     assert_eq!(source.on(SourceEvent::Take(1)), SourceAction::CommitAgain(first));
@@ -289,10 +298,12 @@ fn a_ready_of_an_attempt_that_was_given_up_does_not_commit_the_next() {
     let first = Turn { session: 1, epoch: 2 };
     source.on(SourceEvent::Take(1));
     source.on(SourceEvent::Mapped(first));
+    source.on(SourceEvent::Copied(first));
     assert_eq!(source.on(SourceEvent::Failed(first)), SourceAction::Resume);
     let second = Turn { session: 1, epoch: 3 };
     assert_eq!(source.on(SourceEvent::Take(1)), SourceAction::SendOffer(second));
-    assert_eq!(source.on(SourceEvent::Mapped(second)), SourceAction::PauseAndPrepare(second));
+    assert_eq!(source.on(SourceEvent::Mapped(second)), SourceAction::Copy(second));
+    assert_eq!(source.on(SourceEvent::Copied(second)), SourceAction::PauseAndPrepare(second));
     assert_eq!(source.on(SourceEvent::Ready(first)), SourceAction::Refuse);
     assert_eq!(source.state(), SourceState::Paused(second));
 }

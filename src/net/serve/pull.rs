@@ -1,72 +1,19 @@
 //! Streams the pages of a bulk read.
 //!
-//! Role: hop *serve* of the background pull. Neighbours: `serve` hands it the stream. Invariants: what is on the way stays within the client's credit; a page sent
-//! because it was demanded is left out if the bulk read has yet to reach it; while threads fault, little is queued ahead of their pages.
+//! Role: hop *serve* of the background pull. Neighbours: `serve` hands it the stream; `bulk` does the sending. Invariants: nothing is sent that was not asked for, and each
+//! page at most once.
 
 use super::{
     super::{
-        codec::{encode_run, kinds_of},
         lane::priority,
-        pull::CREDIT_STEP_BYTES,
         stream::{FrameReader, FrameWriter, StreamError},
-        wire::{Class, DataHead, EncodedRun, ErrorCode, Frame, WireError},
+        wire::{Class, Frame},
     },
-    DEMANDED_US, Demanded, Refusal, Session, failed, split,
+    Refusal, Session,
+    bulk::BulkError,
+    failed,
 };
-use crate::{Extent, PULL_EXTENT_BYTES, PageStore, Run};
-use std::{
-    collections::{HashMap, VecDeque},
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
-};
-
-/// A bulk read keeps at least this much on the way, and more by what the path is seen to hold. Not by much more: what is ahead sits in this process's send buffer,
-/// where quinn looks for each packet's bytes from the front, and by then out of the cache.
-const PULL_AHEAD_MIN_BYTES: u64 = 2 << 20;
-/// The same while threads fault: one run, and what a client may have used without saying so yet.
-const PULL_AHEAD_DEMANDED_BYTES: u64 = PULL_EXTENT_BYTES + CREDIT_STEP_BYTES;
-
-/// Pages, as words of 64 bits by number: memory follows from what was sent, not from how large the store says it is.
-#[derive(Default)]
-pub(super) struct Sent(Mutex<HashMap<u64, u64>>);
-
-impl Sent {
-    fn words(&self) -> std::sync::MutexGuard<'_, HashMap<u64, u64>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn add(&self, extent: Extent) {
-        let mut words = self.words();
-        for page in extent.pages() {
-            *words.entry(page / 64).or_default() |= 1 << (page % 64);
-        }
-    }
-
-    fn holds_all(&self, extent: Extent) -> bool {
-        let words = self.words();
-        extent.pages().all(|page| holds(&words, page))
-    }
-
-    /// The parts of an extent that were not sent.
-    fn unsent(&self, extent: Extent) -> Vec<Extent> {
-        let words = self.words();
-        let mut parts = Vec::new();
-        let mut first = extent.first();
-        for page in extent.pages() {
-            if holds(&words, page) {
-                parts.push(Extent::between(first, page));
-                first = page + 1;
-            }
-        }
-        parts.push(Extent::between(first, extent.end()));
-        parts.retain(|part| !part.is_empty());
-        parts
-    }
-}
-
-fn holds(words: &HashMap<u64, u64>, page: u64) -> bool {
-    words.get(&(page / 64)).is_some_and(|word| word & (1 << (page % 64)) != 0)
-}
+use crate::Extent;
 
 impl Session {
     pub(super) async fn pull(
@@ -78,183 +25,19 @@ impl Session {
         reader: FrameReader,
     ) -> Result<(), StreamError> {
         writer.prioritise(priority(Class::Background));
-        match self.start_pull(region, &extents) {
-            Err(Refusal(code, message)) => writer.send(&failed(code, &message)).await,
-            Ok((store, sent)) => {
-                let credit = Credit::new(self.connection.clone(), reader, credit_bytes, self.demanded.clone());
-                self.stream(store, sent, extents, credit, writer).await
-            }
-        }
-    }
-
-    fn start_pull(&self, region: u32, extents: &[Extent]) -> Result<(Arc<dyn PageStore>, Arc<Sent>), Refusal> {
-        let open = self.region(region)?;
-        let store = open.granted.store;
-        extents.iter().try_for_each(|extent| store.check(*extent))?;
-        let sent = Arc::<Sent>::default();
-        let at = (region as usize).saturating_sub(1);
-        if let Some(open) = self.regions().get_mut(at) {
-            open.sent = Some(sent.clone());
-        }
-        Ok((store, sent))
-    }
-
-    /// Reads ahead of the network by one step, on other threads where there is compressing to do.
-    async fn stream(
-        &self,
-        store: Arc<dyn PageStore>,
-        sent: Arc<Sent>,
-        extents: Vec<Extent>,
-        mut credit: Credit,
-        writer: &mut FrameWriter,
-    ) -> Result<(), StreamError> {
-        let page = store.page_size();
-        let step = (PULL_EXTENT_BYTES / page.bytes()).max(1);
-        let mut ready: VecDeque<tokio::task::JoinHandle<Result<Vec<EncodedRun>, Refusal>>> = VecDeque::new();
-        let mut steps = extents.into_iter().flat_map(|extent| extent.chunks(step));
-        loop {
-            while ready.len() < ENCODE_AHEAD
-                && let Some(extent) = steps.next()
-            {
-                let (store, sent) = (store.clone(), sent.clone());
-                let compress = self.shared.options.compress && credit.pace.bytes_s < COMPRESS_BELOW_BYTES_S;
-                ready.push_back(self.shared.service.spawn(async move { encode_step(&*store, &sent, extent, compress).await }));
-            }
-            let Some(next) = ready.pop_front() else { return writer.send(&Frame::End).await };
-            let runs = match next.await {
-                Ok(Ok(runs)) => runs,
-                Ok(Err(Refusal(code, message))) => return writer.send(&failed(code, &message)).await,
-                Err(_) => return writer.send(&failed(ErrorCode::StoreFailed, "the store panicked")).await,
-            };
-            for run in runs {
-                // Demanded and sent while it was being encoded.
-                if sent.holds_all(run.extent()) {
-                    continue;
-                }
-                let len_bytes = run.bytes().len() as u64;
-                credit.take(len_bytes).await?;
-                let head = DataHead::new(run.encoding(), run.extent(), 0, run.bytes().len())?;
-                writer.send_data(head, run.bytes().clone()).await?;
-            }
-        }
-    }
-}
-
-/// Steps of a bulk read that are read and encoded while an earlier one is sent.
-const ENCODE_AHEAD: usize = 3;
-
-async fn encode_step(store: &dyn PageStore, sent: &Sent, extent: Extent, compress: bool) -> Result<Vec<EncodedRun>, Refusal> {
-    let mut runs = Vec::new();
-    for part in sent.unsent(extent) {
-        runs.extend(store.read(part).await?);
-    }
-    let page = store.page_size();
-    let parts: Vec<(bool, Run)> = runs.into_iter().flat_map(|run| kinds_of(run, page, compress)).collect();
-    // Sorting the pages is quick, compressing is not.
-    let compress = compress && parts.iter().any(|(shrinks, _)| *shrinks);
-    let encode = move || -> Result<Vec<EncodedRun>, WireError> {
-        let parts = parts.into_iter().flat_map(|(shrinks, run)| split(run, page).into_iter().map(move |run| (shrinks, run)));
-        parts
-            .map(|(shrinks, run)| {
-                let (encoding, bytes) = encode_run(run.content, compress && shrinks);
-                EncodedRun::new(run.extent, encoding, bytes)
-            })
-            .collect()
-    };
-    let failed = |error: String| Refusal(ErrorCode::StoreFailed, error);
-    let encoded =
-        if compress { tokio::task::spawn_blocking(encode).await.map_err(|error| failed(error.to_string()))? } else { encode() };
-    encoded.map_err(|error| failed(error.to_string()))
-}
-
-/// How much a bulk read may have on the way.
-struct Credit {
-    connection: quinn::Connection,
-    total: tokio::sync::watch::Receiver<u64>,
-    window_bytes: u64,
-    sent_bytes: u64,
-    pace: Pace,
-    demanded: Arc<Demanded>,
-}
-
-/// How fast the client uses what is sent, by its credit.
-struct Pace {
-    since: Instant,
-    used_bytes: u64,
-    bytes_s: u64,
-}
-
-impl Pace {
-    /// What twice the path holds at this pace: enough to keep it full and to find out whether it takes more.
-    fn ahead_bytes(&mut self, used_bytes: u64, round_trip: Duration) -> u64 {
-        // A shorter look would count bursts, a longer one would miss that the pace changed.
-        let look = round_trip + PACE_LOOK;
-        let elapsed = self.since.elapsed();
-        if elapsed >= look {
-            let bytes = u128::from(used_bytes.saturating_sub(self.used_bytes));
-            let now = u64::try_from(bytes * 1_000_000 / elapsed.as_micros().max(1)).unwrap_or(u64::MAX);
-            // Falls slowly: a pause of the client says nothing about the path.
-            self.bytes_s = now.max(self.bytes_s / 4 * 3);
-            (self.since, self.used_bytes) = (Instant::now(), used_bytes);
-        }
-        let path = u128::from(self.bytes_s) * look.as_micros() / 1_000_000;
-        u64::try_from(path * 2).unwrap_or(u64::MAX)
-    }
-}
-
-impl Pace {
-    /// What the path holds at this pace.
-    fn path_bytes(&self, round_trip: Duration) -> u64 {
-        u64::try_from(u128::from(self.bytes_s) * round_trip.as_micros() / 1_000_000).unwrap_or(u64::MAX)
-    }
-}
-
-/// Compressing is for paths that are slower than a core: LZ4 takes text in at about 400 MB/s and leaves 55 %, and QUIC itself sends 600 MB/s a core, so
-/// where the path carries more than this the core is better spent on sending (bench `throughput`, `pull_vmlike_mb_s`).
-const COMPRESS_BELOW_BYTES_S: u64 = 200_000_000;
-
-/// Credit comes in steps, and its thread may be late by this much.
-const PACE_LOOK: Duration = Duration::from_millis(1);
-
-impl Credit {
-    /// Reads CREDIT frames until the stream ends.
-    fn new(connection: quinn::Connection, mut reader: FrameReader, credit_bytes: u64, demanded: Arc<Demanded>) -> Credit {
-        let (granted, total) = tokio::sync::watch::channel(credit_bytes);
-        tokio::spawn(async move {
-            while let Ok(Some(Frame::Credit { total_bytes })) = reader.next().await {
-                if granted.send(total_bytes).is_err() {
-                    return;
-                }
-            }
+        let bulk = self.bulk(region, credit_bytes, reader);
+        let checked = bulk.and_then(|bulk| {
+            extents.iter().try_for_each(|extent| bulk.store().check(*extent))?;
+            Ok(bulk)
         });
-        let pace = Pace { since: Instant::now(), used_bytes: 0, bytes_s: 0 };
-        Credit { connection, total, window_bytes: credit_bytes, sent_bytes: 0, pace, demanded }
-    }
-
-    /// Waits until `bytes` more may be sent.
-    async fn take(&mut self, bytes: u64) -> Result<(), StreamError> {
-        loop {
-            let total = *self.total.borrow_and_update();
-            // What the client has used up, by its own word.
-            let used_bytes = total.saturating_sub(self.window_bytes);
-            let round_trip = self.connection.min_rtt();
-            let ahead_bytes = PULL_AHEAD_MIN_BYTES + self.pace.ahead_bytes(used_bytes, round_trip);
-            // While threads wait for faults only what the path itself holds is kept on the way: priority orders what is still here, and what
-            // queues behind it, in the other end's socket, is waited for.
-            let demanded_bytes = PULL_AHEAD_DEMANDED_BYTES + self.pace.path_bytes(round_trip);
-            let limit = if self.demanded.recently() { demanded_bytes } else { ahead_bytes };
-            let limit = limit.min(self.window_bytes);
-            let ahead = self.sent_bytes.saturating_sub(used_bytes);
-            // A run longer than the whole credit goes alone.
-            if ahead == 0 || ahead + bytes <= limit {
-                self.sent_bytes += bytes;
-                return Ok(());
-            }
-            // The limit rises by itself once no thread faults any more.
-            let more = tokio::time::timeout(Duration::from_micros(DEMANDED_US), self.total.changed()).await;
-            if matches!(more, Ok(Err(_))) {
-                return Err(StreamError::Ended("the client left the bulk read".into()));
-            }
+        let sent = match checked {
+            Ok(mut bulk) => bulk.send(extents, writer).await,
+            Err(refusal) => Err(BulkError::Refused(refusal)),
+        };
+        match sent {
+            Ok(()) => writer.send(&Frame::End).await,
+            Err(BulkError::Refused(Refusal(code, message))) => writer.send(&failed(code, &message)).await,
+            Err(BulkError::Stream(error)) => Err(error),
         }
     }
 }

@@ -28,7 +28,7 @@ limits! {
     MAX_RUN_BYTES = 1 << 20;
     /// Pages that one READ may ask for, in bytes: what a server must be ready to read for one request.
     MAX_READ_BYTES = 16 << 20;
-    /// Extents of one PULL: 1 MiB of them, as much as a run.
+    /// Extents of one PULL or LACKS: 1 MiB of them, as much as a run.
     MAX_PULL_EXTENTS = 65_536;
     /// The program's own state that moves with a handover, all STATE frames together.
     MAX_STATE_BYTES = 64 << 20;
@@ -188,6 +188,42 @@ byte_enum! {
 }
 
 byte_enum! {
+    /// When the pages of a program move: before it, after it, or both.
+    MoveKind "strategy" {
+        PostCopy = 0,
+        PreCopy = 1,
+        Hybrid = 2,
+    }
+}
+
+byte_enum! {
+    /// What happens when copying has reached a limit.
+    AtLimit "at_limit" {
+        /// The program stays where it is.
+        Cancel = 0,
+        /// It moves, and what the destination lacks follows.
+        Force = 1,
+    }
+}
+
+/// How a destination wants the program to come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub(crate) kind: MoveKind,
+    pub(crate) at_limit: AtLimit,
+    /// Rounds of copying.
+    pub(crate) round_limit: u16,
+    pub(crate) downtime_limit_us: u32,
+    /// 0: none.
+    pub(crate) time_limit_ms: u64,
+}
+
+impl Plan {
+    pub(crate) const POST_COPY: Plan =
+        Plan { kind: MoveKind::PostCopy, at_limit: AtLimit::Cancel, round_limit: 0, downtime_limit_us: 0, time_limit_ms: 0 };
+}
+
+byte_enum! {
     /// What the opener of a region was granted.
     Access "access" {
         Read = 0,
@@ -240,6 +276,9 @@ error_codes! {
     /// This end does not own the program.
     NotOwner = 10,
 }
+
+/// An extent of a PULL or LACKS: `first` and `count`.
+pub(super) const EXTENT_BYTES: u32 = 16;
 
 /// The extent of `count` pages from `first`.
 pub(super) fn extent(frame: &'static str, first: u64, count: u64) -> Result<Extent, WireError> {
@@ -311,6 +350,28 @@ impl Payload {
             found: shift.into(),
             min: 9,
             max: 30,
+        })
+    }
+
+    pub(super) fn flag(&mut self, field: &'static str) -> Result<bool, WireError> {
+        let found = self.u8(field)?;
+        in_range(self.frame, field, found.into(), 0, 1).map(|()| found == 1)
+    }
+
+    pub(super) fn extents(&mut self, count: u32) -> Result<PullExtents, WireError> {
+        let frame = self.frame;
+        let take = |p: &mut Payload| extent(frame, p.u64("first")?, p.u64("count")?);
+        let extents = self.list("extents", count as usize, EXTENT_BYTES as usize, take)?;
+        PullExtents::of_field(frame, "extents", extents)
+    }
+
+    pub(super) fn plan(&mut self) -> Result<Plan, WireError> {
+        Ok(Plan {
+            kind: MoveKind::of_byte(self.frame, self.u8("strategy")?)?,
+            at_limit: AtLimit::of_byte(self.frame, self.u8("at_limit")?)?,
+            round_limit: self.u16("round_limit")?,
+            downtime_limit_us: self.u32("downtime_limit_us")?,
+            time_limit_ms: self.u64("time_limit_ms")?,
         })
     }
 

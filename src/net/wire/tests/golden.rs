@@ -148,9 +148,22 @@ pub(super) fn goldens() -> Vec<Golden> {
         golden("end", Frame::End, &[
             &[0x22, 0, 0, 0, 0, 0, 0, 0], // END, nothing follows
         ]),
-        golden("take", Frame::Take { session: SESSION }, &[
-            &[0x30, 0, 0, 0, 16, 0, 0, 0], // TAKE, 16 bytes follow
+        golden("take", Frame::Take {
+            session: SESSION,
+            plan: Plan {
+                kind: MoveKind::Hybrid,
+                at_limit: AtLimit::Force,
+                round_limit: 0x0302,
+                downtime_limit_us: 300_000,
+                time_limit_ms: 0x0102_0304_0506,
+            },
+        }, &[
+            &[0x30, 0, 0, 0, 32, 0, 0, 0], // TAKE, 32 bytes follow
             SESSION_BYTES,                 // session, low byte first
+            &[2, 1],                       // strategy hybrid, at_limit force
+            &[2, 3],                       // round_limit
+            &[0xe0, 0x93, 0x04, 0x00],     // downtime_limit_us 300000
+            &[6, 5, 4, 3, 2, 1, 0, 0],     // time_limit_ms
         ]),
         golden("offer", Frame::Offer {
             session: SESSION,
@@ -221,6 +234,34 @@ pub(super) fn goldens() -> Vec<Golden> {
             SESSION_BYTES,                 // session
             EPOCH_BYTES,                   // epoch
             &[9, 0, 0, 0, 0, 0, 0, 0],     // state_bytes 9
+        ]),
+        golden("feed", Frame::Feed { session: SESSION, epoch: EPOCH, region: 3, credit_bytes: 1 << 24 }, &[
+            &[0x3b, 0, 0, 0, 36, 0, 0, 0], // FEED, 36 bytes follow
+            SESSION_BYTES,                 // session
+            EPOCH_BYTES,                   // epoch
+            &[3, 0, 0, 0],                 // region 3
+            &[0, 0, 0, 1, 0, 0, 0, 0],     // credit_bytes 16 MiB
+        ]),
+        golden("lacks", Frame::Lacks { more: true, extents: PullExtents::new(vec![Extent::new(7, 2).unwrap()]).unwrap() }, &[
+            &[0x3c, 0, 0, 0, 21, 0, 0, 0], // LACKS, 21 bytes follow
+            &[1, 0, 0, 0],                 // extents: one
+            &[1],                          // more follow
+            &[7, 0, 0, 0, 0, 0, 0, 0],     // first 7
+            &[2, 0, 0, 0, 0, 0, 0, 0],     // count 2
+        ]),
+        golden("progress", Frame::Progress {
+            session: SESSION,
+            epoch: EPOCH,
+            copying: Copying { round: 2, owed_bytes: 4096, dirty_bytes_s: 256, bandwidth_bytes_s: 65_536, predicted_us: 3 },
+        }, &[
+            &[0x3d, 0, 0, 0, 60, 0, 0, 0], // PROGRESS, 60 bytes follow
+            SESSION_BYTES,                 // session
+            EPOCH_BYTES,                   // epoch
+            &[2, 0, 0, 0],                 // round 2
+            &[0, 16, 0, 0, 0, 0, 0, 0],    // owed_bytes 4096
+            &[0, 1, 0, 0, 0, 0, 0, 0],     // dirty_bytes_s 256
+            &[0, 0, 1, 0, 0, 0, 0, 0],     // bandwidth_bytes_s 65536
+            &[3, 0, 0, 0, 0, 0, 0, 0],     // predicted_us 3
         ]),
     ]
 }

@@ -80,7 +80,13 @@ fn frame(kind: Kind) -> BoxedStrategy<Frame> {
             .boxed(),
         Kind::Credit => any::<u64>().prop_map(|total_bytes| Frame::Credit { total_bytes }).boxed(),
         Kind::End => Just(Frame::End).boxed(),
-        Kind::Take => any::<u128>().prop_map(|session| Frame::Take { session }).boxed(),
+        Kind::Take => (any::<u128>(), 0u8..3, 0u8..2, any::<(u16, u32, u64)>())
+            .prop_map(|(session, kind, at_limit, (round_limit, downtime_limit_us, time_limit_ms))| {
+                let kind = MoveKind::of_byte("", kind).unwrap();
+                let at_limit = AtLimit::of_byte("", at_limit).unwrap();
+                Frame::Take { session, plan: Plan { kind, at_limit, round_limit, downtime_limit_us, time_limit_ms } }
+            })
+            .boxed(),
         Kind::Offer => (turn(), 0..=u64::from(MAX_STATE_BYTES), vec(region(), 0..20))
             .prop_map(|((session, epoch), state_bytes, regions)| {
                 let (state_bytes, regions) = (StateLength::new(state_bytes).unwrap(), OfferedRegions::new(regions).unwrap());
@@ -93,6 +99,18 @@ fn frame(kind: Kind) -> BoxedStrategy<Frame> {
         Kind::Resumed => turn().prop_map(|(session, epoch)| Frame::Resumed { session, epoch }).boxed(),
         Kind::Complete => turn().prop_map(|(session, epoch)| Frame::Complete { session, epoch }).boxed(),
         Kind::Released => turn().prop_map(|(session, epoch)| Frame::Released { session, epoch }).boxed(),
+        Kind::Feed => (turn(), any::<(u32, u64)>())
+            .prop_map(|((session, epoch), (region, credit_bytes))| Frame::Feed { session, epoch, region, credit_bytes })
+            .boxed(),
+        Kind::Lacks => (any::<bool>(), vec(extent(), 0..100))
+            .prop_map(|(more, extents)| Frame::Lacks { more, extents: PullExtents::new(extents).unwrap() })
+            .boxed(),
+        Kind::Progress => (turn(), any::<u32>(), any::<[u64; 4]>())
+            .prop_map(|((session, epoch), round, [owed_bytes, dirty_bytes_s, bandwidth_bytes_s, predicted_us])| {
+                let copying = Copying { round, owed_bytes, dirty_bytes_s, bandwidth_bytes_s, predicted_us };
+                Frame::Progress { session, epoch, copying }
+            })
+            .boxed(),
         Kind::Mapped => turn().prop_map(|(session, epoch)| Frame::Mapped { session, epoch }).boxed(),
         Kind::Prepare => (turn(), 0..=u64::from(MAX_STATE_BYTES))
             .prop_map(|((session, epoch), state_bytes)| Frame::Prepare {
@@ -118,7 +136,7 @@ fn heap_bytes(frame: &Frame) -> usize {
         Frame::Hello { agent, .. } | Frame::Welcome { agent, .. } => agent.len(),
         Frame::Open { name } => name.len(),
         Frame::Failed { message, .. } | Frame::Abort { message, .. } => message.len(),
-        Frame::Pull { extents, .. } => extents.capacity() * size_of::<Extent>(),
+        Frame::Pull { extents, .. } | Frame::Lacks { extents, .. } => extents.capacity() * size_of::<Extent>(),
         Frame::Offer { regions, .. } => {
             regions.capacity() * size_of::<OfferedRegion>() + regions.iter().map(|region| region.name.len()).sum::<usize>()
         }

@@ -1,0 +1,129 @@
+//! Takes in a region's pages, before and after its program runs here.
+//!
+//! Role: the other end of the source's `copy`, a task for each region. Neighbours: a [`FeedReader`] brings what the source says, in its order; the region puts it in place.
+//! Invariants: content that came before the source said what is lacking is whole and in place before the region counts as attached; what comes after is put only where
+//! pages are missing; what never comes is for the region's pull.
+
+use super::MoveError;
+use crate::{
+    Extent, Region, RegionError, Run,
+    net::{Fed, FeedReader},
+    region::{Upstream, WeakRegion},
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+};
+
+/// See the module header.
+pub(super) struct Arrival {
+    attached: Option<oneshot::Receiver<Result<(), MoveError>>>,
+    task: JoinHandle<()>,
+    /// Puts pages in place until the program runs here: copying memory is nothing for a thread that serves faults.
+    putting: JoinHandle<()>,
+}
+
+/// Runs that wait to be put in place: enough to keep a thread busy, few enough to stay in its cache.
+const RUNS_WAITING: usize = 3;
+
+impl Arrival {
+    /// Takes in what the feed brings, from now on.
+    pub(super) fn start(region: Region, feed: FeedReader, upstream: Upstream) -> Arrival {
+        let (said, attached) = oneshot::channel();
+        let (runs, mut to_put) = mpsc::channel::<Run>(RUNS_WAITING);
+        let (put, all_put) = oneshot::channel();
+        let into = region.clone();
+        let putting = tokio::task::spawn_blocking(move || {
+            let mut outcome = Ok(());
+            while let Some(run) = to_put.blocking_recv() {
+                // Goes on taking, or the feed would wait for ever.
+                outcome = outcome.and_then(|()| into.put(&run));
+            }
+            drop(into);
+            let _ = put.send(outcome);
+        });
+        let task = tokio::spawn(async move {
+            let mut feed = feed;
+            let attach = attach(region, &mut feed, runs, all_put, upstream).await;
+            match attach {
+                Err(error) => drop(said.send(Err(error))),
+                Ok(region) => {
+                    let _ = said.send(Ok(()));
+                    if let Err(reason) = rest(&mut feed, &region).await {
+                        // The pull asks for what did not come.
+                        tracing::debug!(reason, "a feed ended early");
+                    }
+                }
+            }
+        });
+        Arrival { attached: Some(attached), task, putting }
+    }
+
+    /// Returns when the source has said what is lacking, and all else is in place. Once.
+    pub(super) async fn attached(&mut self) -> Result<(), MoveError> {
+        match &mut self.attached {
+            Some(attached) => {
+                let outcome = attached.await.unwrap_or(Err(MoveError::Closed));
+                self.attached = None;
+                outcome
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Returns when the source sends no more.
+    pub(super) async fn ended(&mut self) {
+        let _ = (&mut self.task).await;
+    }
+
+    /// Ends it; nothing of it holds the region when this returns.
+    pub(super) async fn cancel(self) {
+        self.task.abort();
+        let _ = self.task.await;
+        let _ = self.putting.await;
+    }
+}
+
+async fn attach(
+    region: Region,
+    feed: &mut FeedReader,
+    runs: mpsc::Sender<Run>,
+    all_put: oneshot::Receiver<Result<(), RegionError>>,
+    upstream: Upstream,
+) -> Result<WeakRegion, MoveError> {
+    let mut lacking: Vec<Extent> = Vec::new();
+    loop {
+        match feed.next().await.map_err(|error| MoveError::Lost { reason: error.to_string() })? {
+            Fed::Pages(run) if lacking.is_empty() => runs.send(run).await.map_err(|_| MoveError::Closed)?,
+            Fed::Lacks { extents, more } => {
+                lacking.extend(extents);
+                if !more {
+                    break;
+                }
+            }
+            Fed::Pages(_) => return Err(MoveError::Protocol("DATA came in the middle of LACKS".into())),
+            Fed::End => return Err(MoveError::Protocol("END came before LACKS".into())),
+        }
+    }
+    drop(runs);
+    all_put.await.map_err(|_| MoveError::Closed)??;
+    region.attach(upstream, &lacking)?;
+    Ok(region.downgrade())
+}
+
+/// The program runs here.
+async fn rest(feed: &mut FeedReader, region: &WeakRegion) -> Result<(), String> {
+    loop {
+        match feed.next().await.map_err(|error| error.to_string())? {
+            Fed::Pages(run) => {
+                if !region.push_in(run).await.map_err(|error| error.to_string())? {
+                    return Ok(());
+                }
+                // A fault that came meanwhile goes first.
+                tokio::task::yield_now().await;
+            }
+            Fed::End => return region.settled().await.map_err(|error| error.to_string()),
+            Fed::Lacks { .. } => return Err("LACKS came twice".into()),
+        }
+    }
+}
