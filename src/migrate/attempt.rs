@@ -1,6 +1,6 @@
 //! One destination's attempt to take the program, at the source: one TAKE stream from its first frame to its last.
 //!
-//! Role: carries out [`SourceHandover`]. Neighbours: `source` describes and owns what the attempts share; a `Server` brings the streams; the
+//! Role: carries out [`SourceHandover`]. Neighbours: `shared` is what it has in common with the others; a `Server` brings the streams; the
 //! [`Gate`] pauses the program. Invariants: S6; a pause ends within its limit, by commit or by resume, whatever the network does; the attempt that paused
 //! the program is the one that lets it go, so that no resume falls into the pause of another.
 
@@ -10,67 +10,24 @@ use super::{
     gate::Gate,
     handover::{SessionId, SourceAction, SourceEvent, SourceHandover, SourceState, Turn},
     rounds::Verdict,
-    source::Departed,
+    shared::{Shared, lock},
     strategy::Strategy,
 };
 use crate::{
-    PeerId, Region, Service,
+    PeerId,
     net::{
         Extension, Feed, FrameReader, FrameWriter, StreamError, TakeStream,
-        wire::{ErrorCode, Frame, MAX_STATE_BYTES, MAX_STATE_PIECE_BYTES, Message, OfferedRegions, StateLength, StatePiece},
+        wire::{ErrorCode, Frame, MAX_STATE_BYTES, MAX_STATE_PIECE_BYTES, Message, StateLength, StatePiece},
     },
 };
 use bytes::Bytes;
 use std::{
-    collections::HashSet,
     future::{Future, pending},
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::Arc,
     time::{Duration, Instant},
 };
-use tokio::sync::{OwnedMutexGuard, broadcast, watch};
-
-pub(super) type StateOf = Arc<dyn Fn() -> Vec<u8> + Send + Sync>;
-
-/// What the attempts of a source share with it.
-pub(super) struct Shared {
-    pub(super) me: Weak<Shared>,
-    /// Watched by each attempt, to see when somebody else has ended it.
-    pub(super) handover: watch::Sender<SourceHandover>,
-    /// Held by the attempt that pauses the program until it has let it go.
-    pub(super) pausing: Arc<tokio::sync::Mutex<()>>,
-    pub(super) offered: OfferedRegions,
-    pub(super) regions: Vec<Region>,
-    pub(super) peers: HashSet<PeerId>,
-    pub(super) gate: Gate,
-    pub(super) state: StateOf,
-    pub(super) pause_limit: Duration,
-    pub(super) offer_limit: Duration,
-    /// Bytes a second of pages that no fault waits for.
-    pub(super) background_limit: Option<u64>,
-    /// Streams that destinations listen on for pages, until their attempt takes them.
-    pub(super) feeds: watch::Sender<Vec<Feed>>,
-    /// Raised by [`Source::finalize`](super::Source::finalize), for the attempt that is going on.
-    pub(super) finalize: watch::Sender<Option<Turn>>,
-    pub(super) keep_memory: bool,
-    pub(super) service: Service,
-    pub(super) events: broadcast::Sender<MoveEvent>,
-    pub(super) times: Mutex<Times>,
-    pub(super) departed: watch::Sender<Option<Departed>>,
-}
-
-impl std::fmt::Debug for Shared {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared").field("handover", &self.handover).field("gate", &self.gate).finish_non_exhaustive()
-    }
-}
-
-#[derive(Debug, Default)]
-pub(super) struct Times {
-    asked: Option<Instant>,
-    paused: Option<Instant>,
-    resumed: Option<Instant>,
-}
+use tokio::sync::{OwnedMutexGuard, watch};
 
 impl Extension for Shared {
     fn take(&self, stream: TakeStream) -> Pin<Box<dyn Future<Output = ()> + Send>> {
@@ -78,8 +35,20 @@ impl Extension for Shared {
         Box::pin(async move {
             let TakeStream { peer, session, plan, writer, reader } = stream;
             let strategy = Strategy::from(plan);
-            let attempt =
-                Attempt { shared, peer, session, strategy, writer, reader, turn: None, copy: None, pause: None, deadline: None };
+            let attempt = Attempt {
+                shared,
+                peer,
+                session,
+                strategy,
+                fresh: true,
+                writer,
+                reader,
+                turn: None,
+                copying: None,
+                copy: None,
+                pause: None,
+                deadline: None,
+            };
             attempt.run().await;
         })
     }
@@ -93,83 +62,19 @@ impl Extension for Shared {
     }
 }
 
-impl Shared {
-    pub(super) fn state(&self) -> SourceState {
-        self.handover.borrow().state()
-    }
-
-    /// Nothing waits inside: the decision alone is made under the lock.
-    pub(super) fn decide(&self, event: SourceEvent) -> SourceAction {
-        let mut action = SourceAction::Ignore;
-        self.handover.send_modify(|handover| action = handover.on(event));
-        action
-    }
-
-    /// Waits for the streams of an attempt, one a region, and gives them in the order of the regions.
-    async fn feeds_of(&self, turn: Turn) -> Vec<Feed> {
-        let of_turn = |feed: &Feed| feed.session == turn.session && feed.epoch == turn.epoch;
-        let of_region =
-            |feeds: &[Feed], region: &Region| feeds.iter().position(|feed| of_turn(feed) && *feed.name == *region.name());
-        let mut arrived = self.feeds.subscribe();
-        let all_here = |feeds: &Vec<Feed>| self.regions.iter().all(|region| of_region(feeds, region).is_some());
-        // The sender is this struct's own.
-        let _ = arrived.wait_for(all_here).await;
-        let mut taken = Vec::with_capacity(self.regions.len());
-        self.feeds.send_modify(|feeds| {
-            taken.extend(self.regions.iter().filter_map(|region| of_region(feeds, region).map(|at| feeds.remove(at))));
-            // Whatever else there is came twice, or for an attempt that is over.
-            feeds.clear();
-        });
-        taken
-    }
-
-    /// Ends an attempt that has not committed; it sees that by itself, and lets the program run on. Whether this call did it.
-    pub(super) fn end(&self, turn: Turn) -> bool {
-        self.handover.send_if_modified(|handover| {
-            let before = handover.state();
-            handover.on(SourceEvent::Failed(turn));
-            handover.state() != before
-        })
-    }
-
-    fn times(&self) -> MutexGuard<'_, Times> {
-        self.times.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn tell(&self, event: MoveEvent) {
-        tracing::info!(?event, "migration");
-        let _ = self.events.send(event);
-    }
-
-    fn release(&self) {
-        if !self.keep_memory {
-            for region in &self.regions {
-                if let Err(error) = region.discard(0..region.len() as u64) {
-                    tracing::warn!(%error, region = region.name(), "the memory of a region that moved away could not be given back");
-                }
-            }
-        }
-    }
-
-    fn depart(&self, turn: Turn, peer: PeerId) {
-        let times = self.times();
-        let downtime = times.paused.zip(times.resumed).map_or(Duration::ZERO, |(paused, resumed)| resumed - paused);
-        let total = times.asked.map_or(Duration::ZERO, |asked| asked.elapsed());
-        drop(times);
-        self.departed.send_replace(Some(Departed { peer, epoch: turn.epoch, downtime, total }));
-        self.tell(MoveEvent::Released);
-    }
-}
-
 /// One TAKE stream.
 struct Attempt {
     shared: Arc<Shared>,
     peer: PeerId,
     session: SessionId,
     strategy: Strategy,
+    /// Whether the destination begins with nothing.
+    fresh: bool,
     writer: FrameWriter,
     reader: FrameReader,
     turn: Option<Turn>,
+    /// While it has `copy`.
+    copying: Option<OwnedMutexGuard<()>>,
     /// From MAPPED to the commit, and whether what is owed is to be sent in the pause.
     copy: Option<(Copy, bool)>,
     /// While the program is paused by this attempt.
@@ -199,7 +104,7 @@ impl Bound {
         };
         tokio::select! {
             biased;
-            () = ended => Err(End::Failed("the source called the attempt off".into())),
+            () = ended => Err(End::CalledOff),
             done = work => Ok(done),
             () = late => Err(End::Failed("the destination, or the program's state, took longer than the step may take".into())),
         }
@@ -209,19 +114,29 @@ impl Bound {
 /// Why a stream is over.
 enum End {
     Orderly,
+    /// The connection is lost; the destination may come back.
+    Lost(String),
+    /// Somebody else has ended the attempt.
+    CalledOff,
     /// The destination is told, if it still listens.
     Failed(String),
 }
 
 impl From<StreamError> for End {
     fn from(error: StreamError) -> End {
-        End::Failed(error.to_string())
+        match error {
+            StreamError::Ended(reason) => End::Lost(reason),
+            StreamError::Wire(error) => End::Failed(error.to_string()),
+        }
     }
 }
 
 impl From<CopyError> for End {
-    fn from(CopyError(reason): CopyError) -> End {
-        End::Failed(reason)
+    fn from(error: CopyError) -> End {
+        match error {
+            CopyError::Lost(reason) => End::Lost(reason),
+            CopyError::Failed(reason) => End::Failed(reason),
+        }
     }
 }
 
@@ -237,7 +152,8 @@ impl Attempt {
         let end = self.serve().await;
         let reason = match &end {
             End::Orderly => "the destination ended the stream",
-            End::Failed(reason) => reason.as_str(),
+            End::CalledOff => "the source called the attempt off",
+            End::Lost(reason) | End::Failed(reason) => reason.as_str(),
         };
         let ended = self.turn.is_some_and(|turn| self.shared.end(turn));
         if let Some(pause) = self.pause.take() {
@@ -245,10 +161,24 @@ impl Attempt {
             self.shared.gate.resume().await;
             drop(pause);
         }
-        if ended {
-            self.shared.tell(MoveEvent::Aborted { reason: reason.to_owned() });
+        let comes_back = match &end {
+            End::Lost(_) => true,
+            // By the owner, or by the destination that asks again on another stream.
+            End::CalledOff => *lock(&self.shared.cancelled) != self.turn,
+            End::Orderly | End::Failed(_) => false,
+        };
+        if let Some((copy, _)) = self.copy.take()
+            && comes_back
+        {
+            self.shared.park(self.session, copy.park());
         }
-        if let End::Failed(reason) = end {
+        self.copying = None;
+        if ended {
+            let reason = reason.to_owned();
+            self.shared.tell(if comes_back { MoveEvent::Interrupted { reason } } else { MoveEvent::Aborted { reason } });
+        }
+        if matches!(end, End::Failed(_) | End::CalledOff) {
+            let reason = reason.to_owned();
             let _ = tokio::time::timeout(LAST_WORD_LIMIT, self.abort(ErrorCode::Aborted, &reason)).await;
         }
         self.writer.finish();
@@ -283,16 +213,7 @@ impl Attempt {
         match action {
             // `Resume` answers a failure, which is not decided here.
             SourceAction::Ignore | SourceAction::Resume => {}
-            SourceAction::SendOffer(turn) => {
-                self.turn = Some(turn);
-                self.deadline = Some(Instant::now() + self.shared.offer_limit);
-                self.shared.times().asked = Some(Instant::now());
-                let state_bytes = StateLength::new(u64::from(MAX_STATE_BYTES)).map_err(StreamError::from)?;
-                let Turn { session, epoch } = turn;
-                let regions = self.shared.offered.clone();
-                self.send(&Frame::Offer { session, epoch, state_bytes, regions }).await?;
-                self.shared.tell(MoveEvent::Offered { epoch });
-            }
+            SourceAction::SendOffer(turn) => self.offer(turn).await?,
             SourceAction::Copy(turn) => {
                 self.copy(turn).await?;
                 return Ok(Some(SourceEvent::Copied(turn)));
@@ -308,8 +229,8 @@ impl Attempt {
                 if let Some((copy, _)) = self.copy.take() {
                     self.shared.service.spawn(async move {
                         // The destination asks for what does not come.
-                        if let Err(CopyError(reason)) = copy.push().await {
-                            tracing::debug!(reason, "pushing ended early");
+                        if let Err(error) = copy.push().await {
+                            tracing::debug!(?error, "pushing ended early");
                         }
                     });
                 }
@@ -320,12 +241,10 @@ impl Attempt {
                 self.deadline = None;
                 self.send(&Frame::Commit { session: turn.session, epoch: turn.epoch }).await?;
             }
-            SourceAction::ResumeAndRefuse => {
+            SourceAction::ResumeAndOffer(turn) => {
                 // It was paused by the attempt of another stream, which sees that it was ended.
                 drop(self.shared.pausing.lock().await);
-                let reason = "the destination asked again before the program had changed hands";
-                self.shared.tell(MoveEvent::Aborted { reason: reason.into() });
-                return Err(End::Failed(reason.into()));
+                self.offer(turn).await?;
             }
             SourceAction::Release(turn) => {
                 self.shared.tell(MoveEvent::Complete);
@@ -353,17 +272,43 @@ impl Attempt {
         Ok(None)
     }
 
+    async fn offer(&mut self, turn: Turn) -> Result<(), End> {
+        self.turn = Some(turn);
+        self.deadline = Some(Instant::now() + self.shared.offer_limit);
+        self.shared.times().asked_by(turn.session);
+        let state_bytes = StateLength::new(u64::from(MAX_STATE_BYTES)).map_err(StreamError::from)?;
+        let Turn { session, epoch } = turn;
+        let regions = self.shared.offered.clone();
+        self.send(&Frame::Offer { session, epoch, state_bytes, regions }).await?;
+        self.shared.tell(MoveEvent::Offered { epoch });
+        Ok(())
+    }
+
     /// Copies pages while the program runs, until it is to move.
     async fn copy(&mut self, turn: Turn) -> Result<(), End> {
         let feeds = self.bound().wait(self.shared.feeds_of(turn)).await?;
+        self.copying = Some(self.bound().wait(self.shared.copying.clone().lock_owned()).await?);
+        let parked = lock(&self.shared.parked).take().filter(|(session, _)| *session == turn.session && !self.fresh);
+        let copy = match parked {
+            Some((_, parked)) => Copy::go_on(&self.shared, self.strategy, feeds, parked),
+            None => {
+                let alone = self.bound().wait(self.shared.following.clone().lock_owned()).await?;
+                // On a task of its own: it ends what it began, whoever calls it off.
+                let begun = Copy::begin(self.shared.clone(), self.strategy, feeds, alone);
+                let begun = self.bound().wait(self.shared.service.spawn(begun)).await?;
+                begun.map_err(|error| End::Failed(error.to_string()))??
+            }
+        };
+        let (copy, _) = self.copy.insert((copy, false));
+        copy.say_all_lacking(self.strategy).await?;
         // From here on it takes as long as the strategy says. The destination hears of it meanwhile.
         self.deadline = None;
         let bound = self.bound();
-        bound.wait(self.copy_until_handover(turn, feeds)).await?
+        bound.wait(self.copy_until_handover(turn)).await?
     }
 
-    async fn copy_until_handover(&mut self, turn: Turn, feeds: Vec<Feed>) -> Result<(), End> {
-        let mut copy = Copy::begin(&self.shared, self.strategy, feeds).await?;
+    async fn copy_until_handover(&mut self, turn: Turn) -> Result<(), End> {
+        let Some((copy, copy_rest)) = &mut self.copy else { return Err(End::CalledOff) };
         let mut told = Instant::now();
         loop {
             let finalize = *self.shared.finalize.borrow() == Some(turn);
@@ -393,8 +338,8 @@ impl Attempt {
             }
             match verdict {
                 Verdict::GoOn => {}
-                Verdict::HandOver { copy_rest } => {
-                    self.copy = Some((copy, copy_rest));
+                Verdict::HandOver { copy_rest: wanted } => {
+                    *copy_rest = wanted;
                     return Ok(());
                 }
                 Verdict::Cancel { reason } => return Err(End::Failed(reason)),
@@ -409,8 +354,16 @@ impl Attempt {
         self.pause = Some(alone.await?);
         self.deadline = Some(Instant::now() + limit);
         // The gate keeps to the limit by itself, and says which threads were late.
-        let pause = Bound { deadline: None, ..self.bound() }.wait(self.shared.gate.pause(limit));
-        pause.await?.map_err(|error| End::Failed(error.to_string()))?;
+        let gate = self.shared.gate.clone();
+        // On a task of its own: a hook of the program that panics ends the attempt, not this task, which has to say so.
+        let mut pause = self.shared.service.spawn(async move { gate.pause(limit).await });
+        let paused = Bound { deadline: None, ..self.bound() }.wait(&mut pause).await;
+        if paused.is_err() {
+            pause.abort();
+            let _ = pause.await;
+        }
+        let paused = paused?.map_err(|error| End::Failed(format!("pausing the program: {error}")))?;
+        paused.map_err(|error| End::Failed(error.to_string()))?;
         self.shared.times().paused = Some(Instant::now());
         let state_of = self.shared.state.clone();
         let state = tokio::task::spawn_blocking(move || Bytes::from(state_of()));
@@ -444,7 +397,10 @@ impl Attempt {
             Some(frame) => frame,
         };
         let event = match frame {
-            Frame::Mapped { session, epoch } => SourceEvent::Mapped(Turn { session, epoch }),
+            Frame::Mapped { session, epoch, fresh } => {
+                self.fresh = fresh;
+                SourceEvent::Mapped(Turn { session, epoch })
+            }
             // Only what this stream prepared can be ready: the program may still run.
             Frame::Ready { .. } if self.pause.is_none() => return Err(End::Failed("READY came before PREPARE".into())),
             Frame::Ready { session, epoch } => SourceEvent::Ready(Turn { session, epoch }),

@@ -2,27 +2,31 @@
 //!
 //! Role: carries out what [`Rounds`] decides, at the source. Neighbours: an `attempt` holds one and tells it when the program pauses; a tracker says what was written;
 //! a [`Feed`] for each region carries the pages. Invariants: S5: trackers are asked before pages are read, and what they told is owed until it was sent after that; what is said
-//! to be lacking is exactly what is owed while nothing is written.
+//! to be lacking is exactly what is owed while nothing is written. What was sent and not acknowledged when a connection broke is owed again.
 
 use super::{
-    attempt::{RunsOn, Shared},
+    attempt::RunsOn,
     gate::Gate,
     owed::{Owed, Tick},
     rounds::{Look, Rounds, Verdict},
+    shared::Shared,
     strategy::Strategy,
 };
 use crate::{
-    Extent, PageSize, Program, Region, RegionError, TrackerKind, Tracking,
+    Extent, PageSize, Program, Region, RegionError, TrackerKind, Tracking, Written,
     net::{Feed, StreamError, wire::Copying},
 };
 use std::{
+    collections::VecDeque,
     sync::Arc,
     time::{Duration, Instant},
 };
+use tokio::sync::OwnedMutexGuard;
 
 /// See the module header.
 pub(super) struct Copy {
     parts: Vec<Part>,
+    feeds: Vec<Feed>,
     tick: Tick,
     rounds: Rounds,
     dirtied_bytes: u64,
@@ -39,11 +43,41 @@ pub(super) struct Copy {
 }
 
 struct Part {
-    feed: Feed,
     /// `None` if the program's writes while it runs do not matter: nothing is sent before it pauses.
-    tracking: Option<Arc<Tracking>>,
+    followed: Option<Arc<Followed>>,
     owed: Owed,
     page: PageSize,
+    /// Sent, and not yet said to be in place: by how many bytes had been sent on the feed then.
+    unacknowledged: VecDeque<(u64, Vec<Extent>)>,
+}
+
+/// A region has one follower at a time, so the next waits until the last task that uses this one has let go.
+struct Followed {
+    tracking: Tracking,
+    _alone: Arc<Alone>,
+}
+
+/// Held by the one attempt that copies.
+pub(super) type Alone = OwnedMutexGuard<()>;
+
+/// What the destination of a session lacks, while there is no connection to it.
+pub(super) struct Parked {
+    parts: Vec<Part>,
+    tick: Tick,
+    since: Instant,
+}
+
+impl Parked {
+    /// When the connection broke.
+    pub(super) fn since(&self) -> Instant {
+        self.since
+    }
+}
+
+impl std::fmt::Debug for Parked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Parked").field("regions", &self.parts.len()).field("tick", &self.tick).finish_non_exhaustive()
+    }
 }
 
 /// Keeps background traffic under a limit.
@@ -56,17 +90,21 @@ struct Pace {
 
 /// Why copying cannot go on.
 #[derive(Debug)]
-pub(super) struct CopyError(pub(super) String);
+pub(super) enum CopyError {
+    /// The connection is lost, or the destination has left the feed.
+    Lost(String),
+    Failed(String),
+}
 
 impl From<StreamError> for CopyError {
     fn from(error: StreamError) -> CopyError {
-        CopyError(format!("sending pages: {error}"))
+        CopyError::Lost(format!("sending pages: {error}"))
     }
 }
 
 impl From<RegionError> for CopyError {
     fn from(error: RegionError) -> CopyError {
-        CopyError(format!("following the program's writes: {error}"))
+        CopyError::Failed(format!("following the program's writes: {error}"))
     }
 }
 
@@ -79,24 +117,26 @@ const IDLE: Duration = Duration::from_millis(10);
 
 impl Copy {
     /// Everything is owed. Unless the program moves first, its writes are followed from here on.
-    pub(super) async fn begin(shared: &Shared, strategy: Strategy, feeds: Vec<Feed>) -> Result<Copy, CopyError> {
+    pub(super) async fn begin(shared: Arc<Shared>, strategy: Strategy, feeds: Vec<Feed>, alone: Alone) -> Result<Copy, CopyError> {
         const FIRST: Tick = 1;
+        let alone = Arc::new(alone);
         let mut parts = Vec::with_capacity(feeds.len());
-        for (region, feed) in shared.regions.iter().zip(feeds) {
-            let tracking = if strategy.copies_first() { Some(Arc::new(follow(region).await?)) } else { None };
-            parts.push(Part { feed, tracking, owed: Owed::all(region.extent(), FIRST), page: region.page_size() });
+        for region in &shared.regions {
+            let followed = if strategy.copies_first() { Some(follow(region, &alone).await?) } else { None };
+            let owed = Owed::all(region.extent(), FIRST);
+            parts.push(Part { followed, owed, page: region.page_size(), unacknowledged: VecDeque::new() });
         }
-        if !strategy.copies_first() {
-            // Said now, it takes nothing from the pause.
-            for part in &mut parts {
-                let all = part.owed.extents();
-                part.feed.lacks(&all).await?;
-            }
-        }
-        Ok(Copy {
+        Ok(Copy::go_on(&shared, strategy, feeds, Parked { parts, tick: FIRST, since: Instant::now() }))
+    }
+
+    /// What was owed when the connection broke still is, and what the program has written since.
+    pub(super) fn go_on(shared: &Shared, strategy: Strategy, feeds: Vec<Feed>, parked: Parked) -> Copy {
+        let Parked { parts, tick, .. } = parked;
+        Copy {
             parts,
-            tick: FIRST,
-            rounds: Rounds::new(strategy, FIRST),
+            feeds,
+            tick,
+            rounds: Rounds::new(strategy, tick),
             dirtied_bytes: 0,
             sent_bytes: 0,
             start: Instant::now(),
@@ -106,7 +146,24 @@ impl Copy {
             gate: shared.gate.clone(),
             pause_limit: shared.pause_limit,
             pace: Pace { bytes_s: shared.background_limit, next: Instant::now() },
-        })
+        }
+    }
+
+    /// Of a program that moves first. Said now, it takes nothing from the pause.
+    pub(super) async fn say_all_lacking(&mut self, strategy: Strategy) -> Result<(), CopyError> {
+        if strategy.copies_first() { Ok(()) } else { self.say_lacking().await }
+    }
+
+    /// The connection broke. The program runs on, and what it writes is followed.
+    pub(super) fn park(self) -> Parked {
+        let Copy { mut parts, feeds, tick, .. } = self;
+        for (part, feed) in parts.iter_mut().zip(&feeds) {
+            part.acknowledge(feed);
+            for (_, extents) in std::mem::take(&mut part.unacknowledged) {
+                part.owed.wrote(tick, &extents);
+            }
+        }
+        Parked { parts, tick, since: Instant::now() }
     }
 
     /// Looks once, and sends a little while it asks the trackers.
@@ -118,16 +175,17 @@ impl Copy {
         }
         let batch = self.batch(true);
         let gates = (self.gate.clone(), self.pause_limit);
-        let trackings: Vec<Option<Arc<Tracking>>> = self.parts.iter().map(|part| part.tracking.clone()).collect();
+        let followed: Vec<Option<Arc<Followed>>> = self.parts.iter().map(|part| part.followed.clone()).collect();
         // Side by side: what is written is owed again, whether it was sent before or after that.
-        let (sent, taken) = tokio::join!(self.send(batch), take_running(trackings, gates));
+        let (sent, taken) = tokio::join!(self.send(batch), take_running(followed, gates));
         sent?;
         self.owe(taken?);
         Ok(Verdict::GoOn)
     }
 
     fn look(&mut self, finalize: bool) -> Look {
-        let counted = self.parts.iter().map(|part| part.feed.sent_and_used_bytes());
+        self.parts.iter_mut().zip(&self.feeds).for_each(|(part, feed)| part.acknowledge(feed));
+        let counted = self.feeds.iter().map(Feed::sent_and_used_bytes);
         let (sent, used) = counted.fold((0, 0), |(sent, used), more| (sent + more.0, used + more.1));
         // Pages that weigh nothing are there as soon as they are sent.
         let arrived = if sent == 0 { self.sent_bytes } else { scale(self.sent_bytes, used, sent) };
@@ -144,7 +202,7 @@ impl Copy {
             dirtied_bytes: self.dirtied_bytes,
             arrived_bytes: arrived,
             busy: self.busy,
-            round_trip: self.parts.iter().map(|part| part.feed.round_trip()).max().unwrap_or_default(),
+            round_trip: self.feeds.iter().map(Feed::round_trip).max().unwrap_or_default(),
             finalize,
         }
     }
@@ -183,55 +241,84 @@ impl Copy {
             tokio::time::sleep(IDLE).await;
             return Ok(());
         };
-        let Part { feed, page, .. } = &mut self.parts[at];
         self.on_the_way = true;
-        self.sent_bytes += extents.iter().map(|extent| extent.bytes(*page)).sum::<u64>();
-        let (before, _) = feed.sent_and_used_bytes();
-        feed.send(extents).await?;
-        self.pace.sent(feed.sent_and_used_bytes().0 - before).await;
+        self.sent_bytes += extents.iter().map(|extent| extent.bytes(self.parts[at].page)).sum::<u64>();
+        let (before, _) = self.feeds[at].sent_and_used_bytes();
+        self.send_from(at, extents).await?;
+        self.pace.sent(self.feeds[at].sent_and_used_bytes().0 - before).await;
         Ok(())
     }
 
-    fn owe(&mut self, taken: Vec<Vec<Extent>>) {
+    async fn send_from(&mut self, at: usize, extents: Vec<Extent>) -> Result<(), CopyError> {
+        let (part, feed) = (&mut self.parts[at], &mut self.feeds[at]);
+        // Before it is sent: whatever becomes of this future, it is not forgotten.
+        part.unacknowledged.push_back((u64::MAX, extents.clone()));
+        feed.send(extents).await?;
+        if let Some((sent, _)) = part.unacknowledged.back_mut() {
+            *sent = feed.sent_and_used_bytes().0;
+        }
+        Ok(())
+    }
+
+    /// Owes what was written. Only then do the trackers forget it.
+    fn owe(&mut self, taken: Vec<Option<Written>>) {
         self.tick += 1;
-        for (part, extents) in self.parts.iter_mut().zip(taken) {
-            let pages: u64 = extents.iter().map(|extent| extent.count()).sum();
-            self.dirtied_bytes += part.page.offset_of(pages);
-            part.owed.wrote(self.tick, &extents);
+        for (part, written) in self.parts.iter_mut().zip(taken) {
+            if let Some(written) = written {
+                self.dirtied_bytes += part.page.offset_of(written.pages());
+                part.owed.wrote(self.tick, written.extents());
+                written.acknowledge();
+            }
         }
     }
 
     /// The program is paused: finds out what it wrote last, sends it if that is wanted, and says what the destination lacks.
     pub(super) async fn last(&mut self, copy_rest: bool) -> Result<(), CopyError> {
-        if self.parts.iter().all(|part| part.tracking.is_none()) {
+        let followed: Vec<_> = self.parts.iter().map(|part| part.followed.clone()).collect();
+        if followed.iter().all(Option::is_none) {
+            // It was said already: everything.
             return Ok(());
         }
-        let trackings: Vec<_> = self.parts.iter().map(|part| part.tracking.clone()).collect();
-        let taken = tokio::task::spawn_blocking(move || take(&trackings, Program::Paused)).await.map_err(panicked)??;
+        let taken = tokio::task::spawn_blocking(move || take(&followed, Program::Paused)).await.map_err(panicked)??;
         self.owe(taken);
-        for part in &mut self.parts {
+        for at in 0..self.parts.len() {
             if copy_rest {
-                let rest = part.owed.take(u64::MAX, true);
-                part.feed.send(rest).await?;
+                let rest = self.parts[at].owed.take(u64::MAX, true);
+                self.send_from(at, rest).await?;
             }
-            let lacking = part.owed.extents();
-            part.feed.lacks(&lacking).await?;
+        }
+        self.say_lacking().await
+    }
+
+    async fn say_lacking(&mut self) -> Result<(), CopyError> {
+        for (part, feed) in self.parts.iter().zip(&mut self.feeds) {
+            feed.lacks(&part.owed.extents()).await?;
         }
         Ok(())
     }
 
     /// The program has gone: sends what the destination lacks, those pages first that were written last, for the program is about to touch them.
     pub(super) async fn push(mut self) -> Result<(), CopyError> {
-        let trackings: Vec<_> = self.parts.iter_mut().filter_map(|part| part.tracking.take()).collect();
+        let followed: Vec<_> = self.parts.iter_mut().filter_map(|part| part.followed.take()).collect();
         // Letting go takes a while, and nobody waits for it.
-        let let_go = tokio::task::spawn_blocking(move || drop(trackings));
+        let let_go = tokio::task::spawn_blocking(move || drop(followed));
         while let Some(batch) = self.batch(false) {
             self.send(Some(batch)).await?;
         }
-        for part in self.parts {
-            part.feed.end().await?;
+        for feed in self.feeds {
+            feed.end().await?;
         }
         let_go.await.map_err(panicked)
+    }
+}
+
+impl Part {
+    /// Forgets what the other end has in place.
+    fn acknowledge(&mut self, feed: &Feed) {
+        let (_, used) = feed.sent_and_used_bytes();
+        while self.unacknowledged.front().is_some_and(|(sent, _)| *sent <= used) {
+            self.unacknowledged.pop_front();
+        }
     }
 }
 
@@ -251,36 +338,31 @@ fn scale(bytes: u64, by: u64, of: u64) -> u64 {
 }
 
 fn panicked(error: tokio::task::JoinError) -> CopyError {
-    CopyError(format!("following the program's writes: {error}"))
+    CopyError::Failed(format!("following the program's writes: {error}"))
 }
 
-async fn follow(region: &Region) -> Result<Tracking, CopyError> {
-    let region = region.clone();
-    Ok(tokio::task::spawn_blocking(move || region.track()).await.map_err(panicked)??)
+async fn follow(region: &Region, alone: &Arc<Alone>) -> Result<Arc<Followed>, CopyError> {
+    let (region, alone) = (region.clone(), alone.clone());
+    let follow = move || region.track().map(|tracking| Arc::new(Followed { tracking, _alone: alone }));
+    Ok(tokio::task::spawn_blocking(follow).await.map_err(panicked)??)
 }
 
-/// Takes what was written of each. It is owed from then on, so the trackers need not keep it.
-fn take(trackings: &[Option<Arc<Tracking>>], program: Program) -> Result<Vec<Vec<Extent>>, RegionError> {
-    let take = |tracking: &Option<Arc<Tracking>>| {
-        let Some(tracking) = tracking else { return Ok(Vec::new()) };
-        let written = tracking.take(program)?;
-        let extents = written.extents().to_vec();
-        written.acknowledge();
-        Ok(extents)
-    };
-    trackings.iter().map(take).collect()
+/// Takes what was written of each. The trackers have it back unless it is acknowledged.
+fn take(followed: &[Option<Arc<Followed>>], program: Program) -> Result<Vec<Option<Written>>, RegionError> {
+    let take = |followed: &Option<Arc<Followed>>| followed.as_ref().map(|followed| followed.tracking.take(program)).transpose();
+    followed.iter().map(take).collect()
 }
 
-async fn take_running(trackings: Vec<Option<Arc<Tracking>>>, gates: (Gate, Duration)) -> Result<Vec<Vec<Extent>>, CopyError> {
-    let must_pause = trackings.iter().flatten().any(|tracking| tracking.kind() == TrackerKind::SoftDirty);
+async fn take_running(followed: Vec<Option<Arc<Followed>>>, gates: (Gate, Duration)) -> Result<Vec<Option<Written>>, CopyError> {
+    let must_pause = followed.iter().flatten().any(|followed| followed.tracking.kind() == TrackerKind::SoftDirty);
     if !must_pause {
-        return Ok(tokio::task::spawn_blocking(move || take(&trackings, Program::Running)).await.map_err(panicked)??);
+        return Ok(tokio::task::spawn_blocking(move || take(&followed, Program::Running)).await.map_err(panicked)??);
     }
     let (gate, limit) = gates;
     // It runs on whatever becomes of this.
     let _runs_on = RunsOn(gate.clone());
-    gate.pause(limit).await.map_err(|error| CopyError(format!("pausing the program to see what it wrote: {error}")))?;
-    let taken = tokio::task::spawn_blocking(move || take(&trackings, Program::Paused)).await;
+    gate.pause(limit).await.map_err(|error| CopyError::Failed(format!("pausing the program to see what it wrote: {error}")))?;
+    let taken = tokio::task::spawn_blocking(move || take(&followed, Program::Paused)).await;
     gate.resume().await;
     Ok(taken.map_err(panicked)??)
 }

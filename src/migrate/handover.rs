@@ -80,8 +80,8 @@ pub(crate) enum SourceAction {
     CommitAgain(Turn),
     /// Let the program run on.
     Resume,
-    /// The same, and send ABORT.
-    ResumeAndRefuse,
+    /// The same, then send OFFER of the next attempt.
+    ResumeAndOffer(Turn),
     /// The regions may be freed; send RELEASED.
     Release(Turn),
     /// Send RELEASED again. The regions are no longer this migration's: their memory may have found another use.
@@ -107,26 +107,34 @@ impl SourceHandover {
         self.state
     }
 
+    fn next(&mut self, session: SessionId) -> Turn {
+        self.epoch += 1;
+        Turn { session, epoch: self.epoch }
+    }
+
     pub(crate) fn on(&mut self, event: SourceEvent) -> SourceAction {
         use SourceAction::{
-            CommitAgain, Copy, Ignore, PauseAndPrepare, Refuse, Release, ReleasedAgain, Resume, ResumeAndRefuse, SendOffer,
+            CommitAgain, Copy, Ignore, PauseAndPrepare, Refuse, Release, ReleasedAgain, Resume, ResumeAndOffer, SendOffer,
             StopAndCommit,
         };
         use SourceState::{Committed, Copying, Offered, Paused, Released, Running};
         let (state, action) = match (self.state, event) {
             (Running, SourceEvent::Take(session)) => {
-                self.epoch += 1;
-                let turn = Turn { session, epoch: self.epoch };
+                let turn = self.next(session);
                 (Offered(turn), SendOffer(turn))
             }
-            // Repeated, or asked again on another stream. No state was sent yet, so it is the same attempt.
-            (Offered(turn), SourceEvent::Take(session)) if turn.session == session => (self.state, SendOffer(turn)),
+            // Its stream broke, as it seems: this attempt ends here, and what is still on the way of it comes too late. Its READY must never get a yes.
+            (Offered(turn) | Copying(turn), SourceEvent::Take(session)) if turn.session == session => {
+                let turn = self.next(session);
+                (Offered(turn), SendOffer(turn))
+            }
+            (Paused(turn), SourceEvent::Take(session)) if turn.session == session => {
+                let turn = self.next(session);
+                (Offered(turn), ResumeAndOffer(turn))
+            }
             (Committed(turn) | Released(turn), SourceEvent::Take(session)) if turn.session == session => {
                 (self.state, CommitAgain(turn))
             }
-            // Its stream broke after it had mapped the regions. It is told no, so it must never get a yes: this attempt ends here, and its READY
-            // comes too late.
-            (Copying(turn) | Paused(turn), SourceEvent::Take(session)) if turn.session == session => (Running, ResumeAndRefuse),
             (_, SourceEvent::Take(_)) => (self.state, Refuse),
 
             (Offered(turn), SourceEvent::Mapped(of)) if turn == of => (Copying(turn), Copy(turn)),
@@ -156,7 +164,7 @@ impl SourceHandover {
 /// What the destination knows of the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum DestinationState {
-    /// TAKE was sent.
+    /// TAKE was sent, for the first time or because the stream of an attempt broke.
     Asked,
     /// The regions are mapped, MAPPED was sent.
     Mapped,
@@ -193,7 +201,7 @@ pub(crate) enum DestinationEvent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum DestinationAction {
     Ignore,
-    /// Map the regions, then send MAPPED.
+    /// Map the regions, if they are not, then send MAPPED.
     MapAndSayMapped,
     SendReady,
     /// The program is here: send RESUMED and let it run.
@@ -234,7 +242,8 @@ impl DestinationHandover {
         use DestinationState::{Asked, Complete, Failed, Mapped, Owner, Ready};
         let own = self.epoch;
         let (state, action) = match (self.state, event) {
-            (Asked, Offer { epoch }) => {
+            // The next attempt: the one before, if there was one, is over and has not committed.
+            (Asked | Mapped | Ready, Offer { epoch }) if epoch > own => {
                 self.epoch = epoch;
                 (Mapped, MapAndSayMapped)
             }
@@ -244,14 +253,14 @@ impl DestinationHandover {
             (Complete, Commit { epoch }) if epoch == own => (Complete, SendComplete),
             (Owner, AllHere) => (Complete, SendComplete),
             (Complete, Released { epoch }) if epoch == own => (Complete, Finish),
-            // Nothing was promised yet: the program runs at the source.
-            (Asked | Mapped, Lost | TimedOut | Abort) => (Failed, GiveUp),
+            // Nothing was promised yet: the program runs at the source. What has come of it is of use when it is asked for again.
+            (Asked, Lost) if own == 0 => (Failed, GiveUp),
+            (Asked | Mapped, Lost) => (Asked, AskAgain),
+            (Asked | Mapped, TimedOut | Abort) => (Failed, GiveUp),
             // The source may have committed: ask. Once it owns the program it only asks to say that it has all pages.
             (Ready | Owner | Complete, Lost) => (self.state, AskAgain),
-            // The source says that it did not commit, or offers the program anew, which is the same; or nobody says anything: then this end must not
-            // run, whatever the source did.
+            // The source says that it did not commit; or nobody says anything: then this end must not run, whatever the source did.
             (Ready, Abort | TimedOut) => (Failed, GiveUp),
-            (Ready, Offer { epoch }) if epoch != own => (Failed, GiveUp),
             _ => (self.state, Ignore),
         };
         self.state = state;

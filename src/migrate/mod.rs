@@ -1,7 +1,7 @@
 //! Moves a running program between hosts.
 //!
 //! Role: the job above regions and peers: who owns the program, when it pauses, when its pages move. Neighbours: `handover` decides, `source` and `destination`
-//! carry it out (each try at the source is an `attempt`), `gate` pauses the program; `rounds` decides how long pages are copied before that, `copy` and `arrival` carry
+//! carry it out (each try at the source is an `attempt`, a session at the destination a `taking`), `gate` pauses the program; `rounds` decides how long pages are copied before that, `copy` and `arrival` carry
 //! them, in the order of `owed`. Invariants: S6: at most one owner, ever.
 
 mod arrival;
@@ -12,8 +12,10 @@ mod gate;
 mod handover;
 mod owed;
 mod rounds;
+mod shared;
 mod source;
 mod strategy;
+mod taking;
 
 use crate::{NetError, RegionError, net::wire::Copying};
 use std::time::Duration;
@@ -55,6 +57,11 @@ pub enum MoveEvent {
     },
     /// The destination said that the program runs there.
     Resumed,
+    /// The connection broke before the commit. The program runs on at the source; the destination may come back and go on.
+    Interrupted {
+        /// What was met.
+        reason: String,
+    },
     /// The attempt failed before the commit; the program runs on at the source.
     Aborted {
         /// Why.

@@ -5,9 +5,9 @@
 
 use super::{
     MoveError, MoveEvent,
-    attempt::{Shared, StateOf},
     gate::Gate,
     handover::{SourceHandover, SourceState},
+    shared::{Shared, StateOf, lock},
 };
 use crate::{
     Grant, Identity, NetError, PeerId, Region, RegionStore, Server, ServerBuilder, Service, TransportOptions,
@@ -76,6 +76,7 @@ pub struct SourceBuilder<'a> {
     pause_limit: Duration,
     offer_limit: Duration,
     background_limit: Option<u64>,
+    reconnect_limit: Duration,
     keep_memory: bool,
 }
 
@@ -137,6 +138,14 @@ impl SourceBuilder<'_> {
         self
     }
 
+    /// For how long a destination whose connection broke before the program moved finds its pages where it left them: until then the program's writes are followed, and only what it lacks is sent
+    /// when it comes back. Default 30 s.
+    #[must_use]
+    pub fn reconnect_limit(mut self, limit: Duration) -> Self {
+        self.reconnect_limit = limit;
+        self
+    }
+
     /// Keeps the source's copy after the destination has everything, for whoever wants to look at it. Default: its memory goes back to the kernel, and reads as zeros.
     #[must_use]
     pub fn keep_memory(mut self) -> Self {
@@ -191,6 +200,11 @@ impl SourceBuilder<'_> {
             background_limit: self.background_limit,
             feeds: watch::Sender::new(Vec::new()),
             finalize: watch::Sender::new(None),
+            copying: Arc::default(),
+            following: Arc::default(),
+            parked: Mutex::default(),
+            reconnect_limit: self.reconnect_limit,
+            cancelled: Mutex::default(),
             keep_memory: self.keep_memory,
             service: service.clone(),
             events: broadcast::Sender::new(64),
@@ -218,6 +232,7 @@ impl Source {
             pause_limit: Duration::from_secs(2),
             offer_limit: Duration::from_secs(30),
             background_limit: None,
+            reconnect_limit: Duration::from_secs(30),
             keep_memory: false,
         }
     }
@@ -243,6 +258,7 @@ impl Source {
     /// Calls off an attempt that has not committed: the program runs on here, and may be asked for again. Whether there was one.
     pub async fn cancel(&self) -> bool {
         let Some(turn) = self.shared.state().turn() else { return false };
+        *lock(&self.shared.cancelled) = Some(turn);
         let cancelled = self.shared.end(turn);
         if cancelled {
             // The attempt lets the program go before it lets go of this.

@@ -20,6 +20,11 @@ pub(crate) struct Upstream {
 }
 
 impl Region {
+    /// Whether no store fills it.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.inner.paged.get().is_none()
+    }
+
     /// Puts pages in place, over what was there. Before [`attach`](Region::attach) only.
     pub(crate) fn put(&self, run: &Run) -> Result<(), RegionError> {
         let offset = self.inner.page.offset_of(run.extent.first());

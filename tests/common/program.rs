@@ -239,8 +239,9 @@ pub async fn wait_for(events: &mut broadcast::Receiver<MoveEvent>, what: &str, i
     }
 }
 
+/// The attempt is over, and the program runs on at the source.
 pub fn is_aborted(event: &MoveEvent) -> bool {
-    matches!(event, MoveEvent::Aborted { .. })
+    matches!(event, MoveEvent::Aborted { .. } | MoveEvent::Interrupted { .. })
 }
 
 /// This test binary once more, as a process of its own; killed (SIGKILL) when dropped.

@@ -34,6 +34,8 @@ struct Shared {
     random: AtomicU64,
     to_source: AtomicBool,
     to_destination: AtomicBool,
+    /// Datagrams to the source leave from ports of their own after each change.
+    changes: AtomicU64,
 }
 
 impl Proxy {
@@ -45,7 +47,8 @@ impl Proxy {
         let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let address = socket.local_addr().unwrap();
         let (on, random) = (|| AtomicBool::new(true), AtomicU64::new(seed));
-        let shared = Arc::new(Shared { target, weather, random, to_source: on(), to_destination: on() });
+        let (to_source, to_destination, changes) = (on(), on(), AtomicU64::new(0));
+        let shared = Arc::new(Shared { target, weather, random, to_source, to_destination, changes });
         let (stop, stopped) = oneshot::channel();
         let forwarding = shared.clone();
         std::thread::spawn(move || {
@@ -65,6 +68,11 @@ impl Proxy {
 
     pub fn to_destination(&self, pass: bool) {
         self.shared.to_destination.store(pass, SeqCst);
+    }
+
+    /// As a NAT that was restarted: the source sees the destination at another port.
+    pub fn change_port(&self) {
+        self.shared.changes.fetch_add(1, SeqCst);
     }
 
     pub fn both(&self, pass: bool) {
@@ -107,9 +115,13 @@ fn register(socket: std::net::UdpSocket) -> Arc<UdpSocket> {
 
 async fn forward(socket: Arc<UdpSocket>, shared: Arc<Shared>) {
     let mut ways: HashMap<SocketAddr, Arc<UdpSocket>> = HashMap::new();
-    let (mut buffer, mut held) = (vec![0; 1 << 16], None);
+    let (mut buffer, mut held, mut changes) = (vec![0; 1 << 16], None, 0);
     loop {
         let Ok((len, from)) = socket.recv_from(&mut buffer).await else { continue };
+        let now = shared.changes.load(SeqCst);
+        if now != changes {
+            (changes, _) = (now, ways.clear());
+        }
         if !shared.to_source.load(SeqCst) {
             continue;
         }

@@ -72,7 +72,9 @@ impl Handover {
                 self.listen(&connection, &name).await;
             }
         }
-        self.say_with(kind, &[]).await;
+        // It holds nothing yet.
+        let rest: &[u8] = if kind == MAPPED { &[1] } else { &[] };
+        self.say_with(kind, rest).await;
     }
 
     async fn listen(&mut self, connection: &quinn::Connection, name: &str) {

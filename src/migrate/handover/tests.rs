@@ -80,12 +80,12 @@ impl World {
                 self.send((d, false, Message::Commit, turn.epoch, 0));
             }
             SourceAction::CommitAgain(turn) => self.send((d, false, Message::Commit, turn.epoch, 0)),
-            action @ (SourceAction::Resume | SourceAction::ResumeAndRefuse) => {
+            action @ (SourceAction::Resume | SourceAction::ResumeAndOffer(_)) => {
                 assert!(!self.ever_committed, "resumed after the commit");
                 self.source_runs = true;
                 self.source_version += 1;
-                if action == SourceAction::ResumeAndRefuse {
-                    self.send((d, false, Message::Abort, 0, 0));
+                if let SourceAction::ResumeAndOffer(turn) = action {
+                    self.send((d, false, Message::Offer, turn.epoch, 0));
                 }
             }
             SourceAction::Release(turn) => {
@@ -306,4 +306,36 @@ fn a_ready_of_an_attempt_that_was_given_up_does_not_commit_the_next() {
     assert_eq!(source.on(SourceEvent::Copied(second)), SourceAction::PauseAndPrepare(second));
     assert_eq!(source.on(SourceEvent::Ready(first)), SourceAction::Refuse);
     assert_eq!(source.state(), SourceState::Paused(second));
+}
+
+#[test]
+fn a_destination_whose_stream_breaks_goes_on_in_the_next_attempt() {
+    for broken_after in ["OFFER", "MAPPED", "PREPARE", "READY"] {
+        let (mut source, mut destination) = (SourceHandover::new(1), DestinationHandover::new());
+        let first = Turn { session: 1, epoch: 2 };
+        assert_eq!(source.on(SourceEvent::Take(1)), SourceAction::SendOffer(first));
+        assert_eq!(destination.on(DestinationEvent::Offer { epoch: 2 }), DestinationAction::MapAndSayMapped);
+        if broken_after != "OFFER" {
+            source.on(SourceEvent::Mapped(first));
+        }
+        if matches!(broken_after, "PREPARE" | "READY") {
+            source.on(SourceEvent::Copied(first));
+        }
+        if broken_after == "READY" {
+            assert_eq!(destination.on(DestinationEvent::Prepared { epoch: 2 }), DestinationAction::SendReady);
+        }
+        assert_eq!(destination.on(DestinationEvent::Lost), DestinationAction::AskAgain, "{broken_after}");
+        // The source may not have noticed.
+        let second = Turn { session: 1, epoch: 3 };
+        let offered = [SourceAction::SendOffer(second), SourceAction::ResumeAndOffer(second)];
+        assert!(offered.contains(&source.on(SourceEvent::Take(1))), "{broken_after}");
+        assert_eq!(source.on(SourceEvent::Ready(first)), SourceAction::Refuse);
+        assert_eq!(destination.on(DestinationEvent::Prepared { epoch: 2 }), DestinationAction::Ignore);
+        assert_eq!(destination.on(DestinationEvent::Offer { epoch: 3 }), DestinationAction::MapAndSayMapped);
+        assert_eq!(source.on(SourceEvent::Mapped(second)), SourceAction::Copy(second));
+        assert_eq!(source.on(SourceEvent::Copied(second)), SourceAction::PauseAndPrepare(second));
+        assert_eq!(destination.on(DestinationEvent::Prepared { epoch: 3 }), DestinationAction::SendReady);
+        assert_eq!(source.on(SourceEvent::Ready(second)), SourceAction::StopAndCommit(second));
+        assert_eq!(destination.on(DestinationEvent::Commit { epoch: 3 }), DestinationAction::Run);
+    }
 }

@@ -111,7 +111,9 @@ fn frame(kind: Kind) -> BoxedStrategy<Frame> {
                 Frame::Progress { session, epoch, copying }
             })
             .boxed(),
-        Kind::Mapped => turn().prop_map(|(session, epoch)| Frame::Mapped { session, epoch }).boxed(),
+        Kind::Mapped => {
+            (turn(), any::<bool>()).prop_map(|((session, epoch), fresh)| Frame::Mapped { session, epoch, fresh }).boxed()
+        }
         Kind::Prepare => (turn(), 0..=u64::from(MAX_STATE_BYTES))
             .prop_map(|((session, epoch), state_bytes)| Frame::Prepare {
                 session,
