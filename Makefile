@@ -4,10 +4,12 @@
 FUZZ_SECONDS ?= 60
 BENCH_ARGS   ?=
 GUEST_TESTS  ?= tracking
+SOAK_MOVES   ?= 10000
+SOAK_SEED    ?= 1
 GUEST_ARGS   ?= --test-threads=1
 BENCHES      := $(sort $(notdir $(patsubst %/main.rs,%,$(patsubst %.rs,%,$(wildcard benches/*.rs benches/*/main.rs)))))
 
-.PHONY: help demo test test-guest check bench fuzz
+.PHONY: help demo test test-guest soak check bench fuzz
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -24,6 +26,10 @@ test: ## Run all tests: unit, integration and documentation
 test-guest: ## Run the tests of GUEST_TESTS (tracking) in a virtual machine with Debian's kernel 6.12
 	@scripts/setup.sh guest
 	scripts/test_guest.sh $(GUEST_TESTS) -- $(GUEST_ARGS)
+
+soak: ## Move programs SOAK_MOVES (10000) times among killed processes and broken paths; SOAK_SEED (1) says which
+	@scripts/setup.sh build
+	CHAOS_MOVES=$(SOAK_MOVES) CHAOS_SEED=$(SOAK_SEED) cargo test --test chaos -- --nocapture moves_lose_nothing_whatever_happens
 
 check: ## Format, lints, documentation, licences and advisories; runs no test
 	@scripts/setup.sh check

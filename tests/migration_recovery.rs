@@ -80,7 +80,7 @@ async fn copying_goes_on_where_it_stopped_when_the_connection_comes_back() {
     if !userfaultfd() {
         return;
     }
-    let moves = [Strategy::pre_copy(), Strategy::hybrid()].map(|strategy| {
+    let moves = [Strategy::pre_copy().downtime_limit(Duration::from_millis(1500)), Strategy::hybrid()].map(|strategy| {
         tokio::spawn(async move {
             let stage = Stage::new(Duration::from_secs(30));
             let mut told = stage.source.events();

@@ -124,13 +124,10 @@ impl Rounds {
             MoveKind::PreCopy => true,
             MoveKind::Hybrid => false,
         };
-        if pre_copy && copying <= self.strategy.downtime_limit {
-            return Verdict::HandOver { copy_rest: true };
-        }
         if let Some(limit) = self.strategy.time_limit
             && look.at >= limit
         {
-            return self.at_limit(&format!("the time limit of {limit:?} is over"), look.owed_bytes);
+            return self.at_limit(&format!("the time limit of {limit:?} is over"), look.owed_bytes, copying);
         }
         if look.oldest.is_some_and(|oldest| oldest <= self.began) {
             return Verdict::GoOn;
@@ -138,20 +135,22 @@ impl Rounds {
         // A round is over.
         let shrinks = self.before_bytes.is_none_or(|before| look.owed_bytes <= before / 4 * 3);
         if self.round >= self.strategy.round_limit.into() {
-            return self.at_limit(&format!("{} rounds are over", self.round), look.owed_bytes);
+            return self.at_limit(&format!("{} rounds are over", self.round), look.owed_bytes, copying);
+        }
+        // The limit is what the pause may be, not what it shall be: as long as rounds make it shorter, it is worth another.
+        if (!shrinks || look.owed_bytes == 0) && (!pre_copy || copying <= self.strategy.downtime_limit) {
+            return Verdict::HandOver { copy_rest: pre_copy };
         }
         // With nothing to do there is no next round, until something is written.
-        if !pre_copy && (!shrinks || look.owed_bytes == 0) {
-            return Verdict::HandOver { copy_rest: false };
-        }
         if look.owed_bytes > 0 {
             (self.round, self.began, self.before_bytes) = (self.round + 1, look.tick, Some(look.owed_bytes));
         }
         Verdict::GoOn
     }
 
-    fn at_limit(&self, what: &str, owed_bytes: u64) -> Verdict {
+    fn at_limit(&self, what: &str, owed_bytes: u64, copying: Duration) -> Verdict {
         match (self.strategy.kind, self.strategy.at_limit) {
+            (MoveKind::PreCopy, _) if copying <= self.strategy.downtime_limit => Verdict::HandOver { copy_rest: true },
             (MoveKind::PreCopy, AtLimit::Cancel) => Verdict::Cancel {
                 reason: format!(
                     "{what}, {owed_bytes} bytes are still to copy, which takes {:?} of the {:?} that the program may pause: it writes {} bytes a second, and {} a second are carried; \

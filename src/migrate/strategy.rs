@@ -47,7 +47,7 @@ impl Strategy {
         Strategy { kind: MoveKind::PostCopy, round_limit: 0, ..Strategy::hybrid() }
     }
 
-    /// The pages are copied while the program runs, those written meanwhile again, until the rest can be sent within the downtime limit. At the destination nothing is missing, and a
+    /// The pages are copied while the program runs, those written meanwhile again, for as long as each round leaves less to do than the one before, and until the rest can be sent within the downtime limit. At the destination nothing is missing, and a
     /// connection lost on the way costs nothing. A program that writes faster than the link carries never gets there: see [`at_limit`](Strategy::at_limit).
     #[must_use]
     pub fn pre_copy() -> Strategy {
@@ -68,7 +68,7 @@ impl Strategy {
         }
     }
 
-    /// The longest pause that pre-copy may aim at: it goes on copying while the pause is predicted to be longer, up to 71 minutes. Default 300 ms. Zero is never reached: copying goes on until a
+    /// The longest pause that pre-copy may plan, up to 71 minutes: it goes on copying while the pause is predicted to be longer, and also while each round makes it shorter. Default 300 ms. Zero is never reached: copying goes on until a
     /// limit, or [`Source::finalize`](crate::Source::finalize).
     #[must_use]
     pub fn downtime_limit(mut self, limit: Duration) -> Strategy {

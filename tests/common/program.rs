@@ -9,8 +9,9 @@ use pageferry::{
     SourceBuilder, TransportOptions, Trust, testing::Gated,
 };
 use std::{
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Write},
     net::SocketAddr,
+    path::Path,
     process::{Command, Stdio},
     sync::{
         Arc,
@@ -101,18 +102,35 @@ pub fn stamped_bytes(pages: usize) -> Vec<u8> {
 }
 
 /// How many operations each thread has done, at whichever end. Outside the regions: what a region says is compared with it.
-#[derive(Default)]
 pub struct Ledger {
-    done: [AtomicU64; THREADS],
+    map: memmap2::MmapRaw,
 }
 
 impl Ledger {
     pub fn new() -> Arc<Ledger> {
-        Arc::default()
+        Arc::new(Ledger { map: memmap2::MmapMut::map_anon(THREADS * 8).unwrap().into() })
+    }
+
+    /// One that several processes share: a file of at least [`Ledger::BYTES`].
+    pub fn shared(path: &Path) -> Arc<Ledger> {
+        let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+        Arc::new(Ledger { map: memmap2::MmapRaw::map_raw(&file).unwrap() })
+    }
+
+    pub const BYTES: u64 = THREADS as u64 * 8;
+
+    fn words(&self) -> &[AtomicU64; THREADS] {
+        // SAFETY: the map has as many bytes, begins at a page, lives as long as this, and is written by atomics alone, in every process.
+        unsafe { &*self.map.as_ptr().cast() }
     }
 
     pub fn done(&self) -> [u64; THREADS] {
-        std::array::from_fn(|thread| self.done[thread].load(SeqCst))
+        std::array::from_fn(|thread| self.words()[thread].load(SeqCst))
+    }
+
+    /// Of a program that begins.
+    pub fn reset(&self) {
+        self.words().iter().for_each(|word| word.store(0, SeqCst));
     }
 
     /// Waits until every thread has done more: the program runs, somewhere.
@@ -141,13 +159,19 @@ pub struct Program {
 impl Program {
     /// Goes on where the ledger stands.
     pub fn start(regions: &[Region], ledger: &Arc<Ledger>) -> Program {
+        // Leaves the processors to the ends.
+        Program::start_resting(regions, ledger, Duration::from_micros(50))
+    }
+
+    /// Each thread rests for so long after every eighth operation.
+    pub fn start_resting(regions: &[Region], ledger: &Arc<Ledger>, rest: Duration) -> Program {
         let (gate, quit) = (Gate::new(), Arc::new(AtomicBool::new(false)));
         let threads = (0..THREADS).map(|thread| {
             let (place, quit, ledger) = (gate.enter(), quit.clone(), ledger.clone());
             let region = regions[thread % regions.len()].clone();
             std::thread::spawn(move || {
                 while place.pass() == Pass::Run && !quit.load(Relaxed) {
-                    operate(&region, thread, &ledger);
+                    operate(&region, thread, &ledger, rest);
                 }
             })
         });
@@ -171,17 +195,16 @@ impl Program {
     }
 }
 
-fn operate(region: &Region, thread: usize, ledger: &Ledger) {
+fn operate(region: &Region, thread: usize, ledger: &Ledger, rest: Duration) {
     let words = region.atomics_u64(0, region.len() / 8).unwrap();
-    let n = ledger.done[thread].load(SeqCst);
+    let n = ledger.words()[thread].load(SeqCst);
     assert_eq!(words[thread].load(Relaxed), n, "thread {thread}: the region lost or repeats operations");
     words[slot(thread, n + 1, words.len())].store(n + 1, Relaxed);
     words[thread].store(n + 1, Relaxed);
-    let counted = ledger.done[thread].compare_exchange(n, n + 1, SeqCst, SeqCst);
+    let counted = ledger.words()[thread].compare_exchange(n, n + 1, SeqCst, SeqCst);
     assert_eq!(counted, Ok(n), "thread {thread} runs at two ends");
     if n.is_multiple_of(8) {
-        // Leaves the processors to the ends.
-        std::thread::sleep(Duration::from_micros(50));
+        std::thread::sleep(rest);
     }
 }
 
@@ -274,6 +297,21 @@ impl Child {
     #[track_caller]
     pub fn says(&self) -> String {
         self.lines.recv_timeout(HANG).expect("the child says nothing more")
+    }
+
+    /// The next thing that it says within `limit`, if anything; an error if it can say no more.
+    pub fn hear(&self, limit: Duration) -> Result<Option<String>, ()> {
+        match self.lines.recv_timeout(limit) {
+            Ok(said) => Ok(Some(said)),
+            Err(mpsc::RecvTimeoutError::Timeout) => Ok(None),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Err(()),
+        }
+    }
+
+    /// Says something to it, as a line of its standard input.
+    pub fn tell(&mut self, what: &str) {
+        // It may be dead, which shows in what it does not say.
+        let _ = writeln!(self.process.stdin.as_mut().unwrap(), "{what}");
     }
 
     /// SIGSTOP: it still has its port, and does nothing.
