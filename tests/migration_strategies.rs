@@ -12,7 +12,7 @@ use pageferry::{
 use program::{Keys, Ledger, Program, check, check_stamps, is_aborted, poison_soon, stamp_all, wait_for, world};
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -208,6 +208,52 @@ async fn a_program_that_outruns_the_link_stays_unless_it_is_forced() {
     here.has_left();
     soon("the last page", moved.complete()).await.unwrap();
     check(moved.regions(), &ledger);
+}
+
+/// A program that writes as much as it is asked to, and no more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_program_that_slows_down_when_asked_can_be_copied() {
+    if !userfaultfd() {
+        return;
+    }
+    // At full speed it writes all of it in 100 ms, which takes longer to send than the pause may be, over any path.
+    const PAGES: u64 = 8192;
+    let (keys, gate, region) = (Keys::new(), Gate::new(), world(&["heap"], PAGES as usize).remove(0));
+    let asked = Arc::new(Mutex::new(vec![1.0]));
+    let (hot, place, speed) = (region.clone(), gate.enter(), asked.clone());
+    let writer = std::thread::spawn(move || {
+        let words = hot.atomics_u64(0, hot.len() / 8).unwrap();
+        let mut n = 0;
+        while place.pass() == Pass::Run {
+            for _ in 0..PAGES / 100 {
+                words[(n % PAGES * 512) as usize].fetch_add(1, Relaxed);
+                n += 1;
+            }
+            let share = *speed.lock().unwrap().last().unwrap();
+            std::thread::sleep(Duration::from_secs_f64(0.001 / share));
+        }
+        n
+    });
+    let noted = asked.clone();
+    let builder = keys.source(std::slice::from_ref(&region), &gate).background_limit(64 << 20);
+    let source = builder.throttle(move |share| noted.lock().unwrap().push(share)).listen(LOOPBACK).unwrap();
+    // Incompressible, or there would be nothing to carry.
+    let words = region.atomics_u64(0, region.len() / 8).unwrap();
+    let mut random = 7u64;
+    for (at, word) in words.iter().enumerate().filter(|(at, _)| at % 512 > 0 && at % 512 < 511) {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(at as u64);
+        word.store(random, Relaxed);
+    }
+    let strategy = Strategy::pre_copy().downtime_limit(Duration::from_millis(8)).round_limit(200);
+    let moved = take(&connect(&source, &keys).await, strategy).await.unwrap();
+    let n = writer.join().unwrap();
+    let there = moved.regions()[0].atomics_u64(0, moved.regions()[0].len() / 8).unwrap();
+    let counted: u64 = (0..PAGES as usize).map(|page| there[page * 512].load(Relaxed)).sum();
+    assert_eq!(counted, n);
+    soon("the last page", moved.complete()).await.unwrap();
+    drop(source);
+    let asked = asked.lock().unwrap().clone();
+    assert!(asked.iter().any(|share| *share < 1.0) && asked.last() == Some(&1.0), "{asked:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -40,6 +40,33 @@ pub(super) struct Copy {
     gate: Gate,
     pause_limit: Duration,
     pace: Pace,
+    throttle: Throttled,
+}
+
+/// Tells the program how fast it may write, and in the end that it may do as it likes.
+struct Throttled {
+    hook: Option<Throttle>,
+    speed: f64,
+}
+
+/// See [`SourceBuilder::throttle`](super::SourceBuilder::throttle).
+pub(super) type Throttle = Arc<dyn Fn(f64) + Send + Sync>;
+
+impl Throttled {
+    fn set(&mut self, speed: f64) {
+        if speed.to_bits() != self.speed.to_bits() {
+            self.speed = speed;
+            if let Some(hook) = &self.hook {
+                hook(speed);
+            }
+        }
+    }
+}
+
+impl Drop for Throttled {
+    fn drop(&mut self) {
+        self.set(1.0);
+    }
 }
 
 struct Part {
@@ -146,6 +173,7 @@ impl Copy {
             gate: shared.gate.clone(),
             pause_limit: shared.pause_limit,
             pace: Pace { bytes_s: shared.background_limit, next: Instant::now() },
+            throttle: Throttled { hook: shared.throttle.clone(), speed: 1.0 },
         }
     }
 
@@ -173,6 +201,7 @@ impl Copy {
         if verdict != Verdict::GoOn {
             return Ok(verdict);
         }
+        self.throttle.set(self.rounds.speed());
         let batch = self.batch(true);
         let gates = (self.gate.clone(), self.pause_limit);
         let followed: Vec<Option<Arc<Followed>>> = self.parts.iter().map(|part| part.followed.clone()).collect();

@@ -81,13 +81,17 @@ pub(super) struct Rounds {
     dirty: Rate,
     bandwidth: Rate,
     predicted: Duration,
+    speed: f64,
 }
+
+/// A program is not asked to be slower than this: then it had better stand still, for a shorter time.
+const SPEED_MIN: f64 = 1.0 / 16.0;
 
 impl Rounds {
     /// `tick` is that of the pages which are owed from the beginning.
     pub(super) fn new(strategy: Strategy, tick: Tick) -> Rounds {
         let (dirty, bandwidth) = (Rate::default(), Rate::default());
-        Rounds { strategy, round: 1, began: tick, before_bytes: None, dirty, bandwidth, predicted: Duration::MAX }
+        Rounds { strategy, round: 1, began: tick, before_bytes: None, dirty, bandwidth, predicted: Duration::MAX, speed: 1.0 }
     }
 
     /// From 1.
@@ -101,6 +105,11 @@ impl Rounds {
 
     pub(super) fn bandwidth_bytes_s(&self) -> u64 {
         rounded(self.bandwidth.bytes_s.unwrap_or(0.0))
+    }
+
+    /// How fast the program may write, of what it would: half of what it was after each round that gained nothing, if it has to come to an end by rounds.
+    pub(super) fn speed(&self) -> f64 {
+        self.speed
     }
 
     /// How long the program would pause if it moved now.
@@ -140,6 +149,9 @@ impl Rounds {
         // The limit is what the pause may be, not what it shall be: as long as rounds make it shorter, it is worth another.
         if (!shrinks || look.owed_bytes == 0) && (!pre_copy || copying <= self.strategy.downtime_limit) {
             return Verdict::HandOver { copy_rest: pre_copy };
+        }
+        if !shrinks {
+            self.speed = (self.speed / 2.0).max(SPEED_MIN);
         }
         // With nothing to do there is no next round, until something is written.
         if look.owed_bytes > 0 {
@@ -266,6 +278,21 @@ mod tests {
         let (verdict, _, at) = simulate(timed, GIB, 100 * MIB, 400 * MIB, GIB / 2);
         assert!(matches!(verdict, Verdict::Cancel { reason } if reason.contains("3s")));
         assert!(at <= Duration::from_millis(3100), "{at:?}");
+    }
+
+    #[test]
+    fn a_program_that_outruns_the_link_is_asked_to_slow_down_by_pre_copy_alone() {
+        let mut slowest = Vec::new();
+        for strategy in [Strategy::pre_copy(), Strategy::hybrid()] {
+            let mut rounds = Rounds::new(strategy, 1);
+            for (tick, at) in (2..).zip((0..20).map(|at| Duration::from_millis(at * 50))) {
+                let (owed_bytes, oldest, round_trip) = (GIB, Some(tick), Duration::from_millis(1));
+                let (dirtied_bytes, arrived_bytes, finalize) = (tick as u64 * GIB, tick as u64 * MIB, false);
+                rounds.look(&Look { at, tick, owed_bytes, oldest, dirtied_bytes, arrived_bytes, busy: at, round_trip, finalize });
+            }
+            slowest.push(rounds.speed());
+        }
+        assert_eq!(slowest, [SPEED_MIN, 1.0]);
     }
 
     #[test]

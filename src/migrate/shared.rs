@@ -5,7 +5,7 @@
 
 use super::{
     MoveEvent,
-    copy::Parked,
+    copy::{Parked, Throttle},
     gate::Gate,
     handover::{SessionId, SourceAction, SourceEvent, SourceHandover, SourceState, Turn},
     source::Departed,
@@ -39,6 +39,7 @@ pub(super) struct Shared {
     pub(super) offer_limit: Duration,
     /// Bytes a second of pages that no fault waits for.
     pub(super) background_limit: Option<u64>,
+    pub(super) throttle: Option<Throttle>,
     /// Streams that destinations listen on for pages, until their attempt takes them.
     pub(super) feeds: watch::Sender<Vec<Feed>>,
     /// Raised by [`Source::finalize`](super::Source::finalize), for the attempt that is going on.

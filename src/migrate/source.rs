@@ -5,6 +5,7 @@
 
 use super::{
     MoveError, MoveEvent,
+    copy::Throttle,
     gate::Gate,
     handover::{SourceHandover, SourceState},
     shared::{Shared, StateOf, lock},
@@ -76,6 +77,7 @@ pub struct SourceBuilder<'a> {
     pause_limit: Duration,
     offer_limit: Duration,
     background_limit: Option<u64>,
+    throttle: Option<Throttle>,
     reconnect_limit: Duration,
     keep_memory: bool,
 }
@@ -135,6 +137,15 @@ impl SourceBuilder<'_> {
     #[must_use]
     pub fn background_limit(mut self, bytes_s: u64) -> Self {
         self.background_limit = Some(bytes_s.max(1));
+        self
+    }
+
+    /// Asks a program that outruns the link to slow down, so that pre-copy can come to its end: `throttle` is called with the share of its speed that it may go on at, 1.0 when it may do as it likes
+    /// again, from the source's thread: it should only make a note, and the program sleep where it passes its gate. Each round that gains nothing halves it, down to a sixteenth. Default: the
+    /// program is not asked.
+    #[must_use]
+    pub fn throttle(mut self, throttle: impl Fn(f64) + Send + Sync + 'static) -> Self {
+        self.throttle = Some(Arc::new(throttle));
         self
     }
 
@@ -198,6 +209,7 @@ impl SourceBuilder<'_> {
             pause_limit: self.pause_limit,
             offer_limit: self.offer_limit,
             background_limit: self.background_limit,
+            throttle: self.throttle,
             feeds: watch::Sender::new(Vec::new()),
             finalize: watch::Sender::new(None),
             copying: Arc::default(),
@@ -232,6 +244,7 @@ impl Source {
             pause_limit: Duration::from_secs(2),
             offer_limit: Duration::from_secs(30),
             background_limit: None,
+            throttle: None,
             reconnect_limit: Duration::from_secs(30),
             keep_memory: false,
         }
