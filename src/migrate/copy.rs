@@ -30,8 +30,6 @@ pub(super) struct Copy {
     tick: Tick,
     rounds: Rounds,
     dirtied_bytes: u64,
-    /// Of pages that were sent, whatever they weighed on the way.
-    sent_bytes: u64,
     start: Instant,
     /// For how long something was on the way, up to when.
     busy: Duration,
@@ -165,7 +163,6 @@ impl Copy {
             tick,
             rounds: Rounds::new(strategy, tick),
             dirtied_bytes: 0,
-            sent_bytes: 0,
             start: Instant::now(),
             busy: Duration::ZERO,
             looked: Instant::now(),
@@ -216,8 +213,9 @@ impl Copy {
         self.parts.iter_mut().zip(&self.feeds).for_each(|(part, feed)| part.acknowledge(feed));
         let counted = self.feeds.iter().map(Feed::sent_and_used_bytes);
         let (sent, used) = counted.fold((0, 0), |(sent, used), more| (sent + more.0, used + more.1));
-        // Pages that weigh nothing are there as soon as they are sent.
-        let arrived = if sent == 0 { self.sent_bytes } else { scale(self.sent_bytes, used, sent) };
+        // Pages of zeros weigh nothing, and say nothing about how fast others go.
+        let full: u64 = self.feeds.iter().map(Feed::full_bytes).sum();
+        let arrived = scale(full, used, sent);
         let now = Instant::now();
         if self.on_the_way {
             self.busy += now - self.looked;
@@ -226,7 +224,7 @@ impl Copy {
         Look {
             at: self.start.elapsed(),
             tick: self.tick,
-            owed_bytes: self.owed_bytes() + self.sent_bytes.saturating_sub(arrived),
+            owed_bytes: self.owed_bytes() + full.saturating_sub(arrived),
             oldest: self.parts.iter_mut().filter_map(|part| part.owed.oldest()).min(),
             dirtied_bytes: self.dirtied_bytes,
             arrived_bytes: arrived,
@@ -271,7 +269,6 @@ impl Copy {
             return Ok(());
         };
         self.on_the_way = true;
-        self.sent_bytes += extents.iter().map(|extent| extent.bytes(self.parts[at].page)).sum::<u64>();
         let (before, _) = self.feeds[at].sent_and_used_bytes();
         self.send_from(at, extents).await?;
         self.pace.sent(self.feeds[at].sent_and_used_bytes().0 - before).await;

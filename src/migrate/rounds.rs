@@ -23,7 +23,7 @@ pub(super) struct Look {
     /// The tick of the page that waits longest.
     pub(super) oldest: Option<Tick>,
     pub(super) dirtied_bytes: u64,
-    /// Of pages that are at the destination, sent in as long as something was on the way.
+    /// Of pages that are at the destination and weighed something, sent in as long as something was on the way.
     pub(super) arrived_bytes: u64,
     pub(super) busy: Duration,
     pub(super) round_trip: Duration,
@@ -178,7 +178,8 @@ impl Rounds {
     }
 
     fn time_to_send(&self, bytes: u64) -> Duration {
-        if bytes == 0 {
+        // Whoever has sent a round and nothing that weighed anything has zeros alone.
+        if bytes == 0 || self.bandwidth.bytes_s.is_none() && self.round > 1 {
             return Duration::ZERO;
         }
         #[allow(clippy::cast_precision_loss, reason = "a rate")]

@@ -132,7 +132,7 @@ impl SourceBuilder<'_> {
         self
     }
 
-    /// The most bytes a second that pages take which no fault waits for, in copying and in pushing. What faults ask for, and what is sent while the program pauses, is not held back.
+    /// The most bytes a second, as they are sent (compressed, and without pages of zeros), that pages take which no fault waits for, in copying and in pushing. What faults ask for, and what is sent while the program pauses, is not held back.
     /// Default: as many as the path carries.
     #[must_use]
     pub fn background_limit(mut self, bytes_s: u64) -> Self {

@@ -9,7 +9,7 @@ use super::{
         pull::CREDIT_STEP_BYTES,
         server::Shared,
         stream::{FrameReader, FrameWriter, StreamError},
-        wire::{DataHead, EncodedRun, ErrorCode, Frame, WireError},
+        wire::{DataHead, EncodedRun, Encoding, ErrorCode, Frame, WireError},
     },
     DEMANDED_US, Demanded, Refusal, Session, split,
 };
@@ -74,6 +74,8 @@ pub(super) struct Bulk {
     store: Arc<dyn PageStore>,
     sent: Arc<Sent>,
     credit: Credit,
+    /// Of pages that were sent and weigh something.
+    full_bytes: u64,
 }
 
 /// Why no more can be sent.
@@ -104,7 +106,7 @@ impl Session {
             open.sent = Some(sent.clone());
         }
         let credit = Credit::new(self.connection.clone(), reader, credit_bytes, self.demanded.clone());
-        Ok(Bulk { shared: self.shared.clone(), store: open.granted.store, sent, credit })
+        Ok(Bulk { shared: self.shared.clone(), store: open.granted.store, sent, credit, full_bytes: 0 })
     }
 }
 
@@ -116,6 +118,11 @@ impl Bulk {
     /// Bytes of content that were sent, and those of them that the other end has said to have used.
     pub(super) fn sent_and_used_bytes(&self) -> (u64, u64) {
         (self.credit.sent_bytes, self.credit.used_bytes())
+    }
+
+    /// Bytes of the pages that were sent and weigh something on the way.
+    pub(super) fn full_bytes(&self) -> u64 {
+        self.full_bytes
     }
 
     pub(super) fn round_trip(&self) -> Duration {
@@ -146,6 +153,9 @@ impl Bulk {
                 self.credit.take(run.bytes().len() as u64).await?;
                 let head = DataHead::new(run.encoding(), run.extent(), 0, run.bytes().len())?;
                 writer.send_data(head, run.bytes().clone()).await?;
+                if run.encoding() != Encoding::Zero {
+                    self.full_bytes += run.extent().bytes(page);
+                }
             }
         }
     }

@@ -66,6 +66,11 @@ impl Feed {
         self.bulk.sent_and_used_bytes()
     }
 
+    /// Bytes of the pages that were sent, without those that weigh nothing on the way.
+    pub(crate) fn full_bytes(&self) -> u64 {
+        self.bulk.full_bytes()
+    }
+
     /// The least that was seen on its connection.
     pub(crate) fn round_trip(&self) -> Duration {
         self.bulk.round_trip()
