@@ -84,6 +84,11 @@ pub static GOALS: &[Goal] = &[
     at_least("quic8_pages_s", 3.0, Baseline::RateOf("quic_us_p50"), Some(5.0)),
     // The same of ends that do not poll, so that one fault by itself does not keep the processors busy that eight would share.
     at_least("quic8_sleeping_pages_s", 3.0, Baseline::RateOf("quic_sleeping_us_p50"), Some(5.0)),
+    at_most("post_downtime_ms", 1.0, Baseline::Sum(&["bound_post_downtime_ms"]), None),
+    at_most("hybrid_downtime_ms", 1.0, Baseline::Sum(&["bound_hybrid_downtime_ms"]), None),
+    at_most("post_total_s", 1.3, Baseline::Sum(&["bound_total_s"]), None),
+    at_most("pre_total_s", 1.3, Baseline::Sum(&["bound_total_s"]), None),
+    at_most("hybrid_total_s", 1.3, Baseline::Sum(&["bound_total_s"]), None),
     at_least("store_seq_mb_s", 0.8, Baseline::Sum(&["copy_mb_s"]), Some(0.95)),
     at_least("pull_mb_s", 0.95, Baseline::Sum(&["quinn_mb_s"]), None),
     at_least("pull_jumbo_mb_s", 0.95, Baseline::Sum(&["quinn_jumbo_mb_s"]), None),
@@ -107,6 +112,10 @@ pub fn unit_of(key: &str) -> &'static str {
         _ if key.ends_with("_mb_s") => "MB/s",
         _ if key.ends_with("_cpu_s_gib") => "CPU s/GiB",
         _ if key.ends_with("_ratio") => "times",
+        _ if key.ends_with("_ms") => "ms",
+        _ if key.ends_with("_total_s") => "s",
+        _ if key.ends_with("_sent_mb") => "MB",
+        _ if key.ends_with("_faults") => "faults",
         _ => "",
     }
 }

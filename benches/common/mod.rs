@@ -10,6 +10,7 @@ pub mod bounds;
 pub mod far_end;
 pub mod goals;
 pub mod measure;
+pub mod mover;
 pub mod pages;
 pub mod plain_quinn;
 pub mod quic;
@@ -18,6 +19,7 @@ pub mod results;
 pub mod server;
 pub mod text;
 pub mod udp;
+pub mod writer;
 
 /// An error ends a bench with its text; what was moved wrongly is one.
 pub type Result<T> = std::result::Result<T, AnyError>;
@@ -37,6 +39,7 @@ pub fn run(name: &'static str, bench: impl FnOnce(&args::Args) -> Result<measure
     let ran = match args.role() {
         Some(udp::ROLE) => udp::far_end().map(|()| true),
         Some(server::ROLE) => server::far_end().map(|()| true),
+        Some(mover::ROLE) => mover::far_end().map(|()| true),
         Some(other) => Err(format!("there is no role '{other}'").into()),
         // `cargo test --benches` comes by without optimisation: its figures would mislead whoever reads them.
         None if cfg!(debug_assertions) => {

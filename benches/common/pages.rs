@@ -81,10 +81,19 @@ impl Image {
 
     /// Like the memory of a virtual machine: 40 % of the pages zero, 30 % text, 30 % incompressible, in runs of 1 to 64 pages of one kind.
     pub fn vm_like(bytes: u64, seed: u64) -> Image {
+        Image::mixed(bytes, seed, ZERO_PERCENT, TEXT_PERCENT)
+    }
+
+    /// The same with 40 % zero and all else incompressible.
+    pub fn incompressible_and_zero(bytes: u64, seed: u64) -> Image {
+        Image::mixed(bytes, seed, ZERO_PERCENT, 0)
+    }
+
+    fn mixed(bytes: u64, seed: u64, zero_percent: u64, text_percent: u64) -> Image {
         let pages = bytes / PAGE_BYTES;
         let mut random = Random::new(seed, u64::MAX);
         let mut left =
-            [(Kind::Zero, pages * ZERO_PERCENT / 100), (Kind::Text, pages * TEXT_PERCENT / 100), (Kind::Incompressible, 0)];
+            [(Kind::Zero, pages * zero_percent / 100), (Kind::Text, pages * text_percent / 100), (Kind::Incompressible, 0)];
         left[2].1 = pages - left[0].1 - left[1].1;
         let mut kinds = Vec::with_capacity(pages as usize);
         // Each run's kind is drawn by what is left of each, so that the shares come out exactly.
@@ -105,6 +114,12 @@ impl Image {
 
     pub fn pages(&self) -> u64 {
         self.pages
+    }
+
+    /// Those that are not zero.
+    pub fn full_pages(&self) -> u64 {
+        let zero = |(kinds, _): &(Vec<Kind>, Vocabulary)| kinds.iter().filter(|kind| **kind == Kind::Zero).count() as u64;
+        self.pages - self.vm.as_ref().map_or(0, zero)
     }
 
     /// Writes one page.
