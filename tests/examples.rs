@@ -106,6 +106,55 @@ fn ctrl_c_ends_both_processes() {
 }
 
 #[test]
+fn sqlite_loses_no_transaction() {
+    if !uffd() {
+        return;
+    }
+    let run = Run::start("sqlite", &["--quick"]).finish();
+    assert!(run.took < LIMIT, "{run:?}");
+    assert!(run.status.success(), "{run:?}");
+    for shown in [
+        "strategy        hybrid",
+        "  A to B ",
+        "  B to A ",
+        "without a gap or a repetition",
+        "integrity_check ok",
+        "the proof       HOLDS: ",
+    ] {
+        assert!(run.out.contains(shown), "{shown:?} is missing: {run:?}");
+    }
+    assert!(run.out.contains(" entries, 0 wrong") && run.out.contains(": 0 balances wrong, 0 profiles wrong"), "{run:?}");
+}
+
+#[test]
+fn sqlite_ends_when_one_of_its_processes_is_killed() {
+    if !uffd() {
+        return;
+    }
+    for (strategy, which) in [("post-copy", Some("A")), ("pre-copy", Some("B")), ("hybrid", None)] {
+        let mut run = Run::start("sqlite", &["--quick", "--size", "4", "--seconds", "120", "--strategy", strategy]);
+        let line = run.until("host A is process");
+        run.until("the bank is open at A");
+        match which {
+            None => run.child.kill().unwrap(),
+            Some(host) => {
+                let id = line.rsplit(' ').nth(if host == "A" { 4 } else { 0 }).unwrap().trim_end_matches(',');
+                signal("KILL", id.parse().unwrap());
+            }
+        }
+        // That this returns says that all three have ended.
+        let run = run.finish();
+        assert!(!run.status.success() && run.out.is_empty(), "{run:?}");
+        if let Some(host) = which {
+            assert!(
+                run.err.contains(&format!("sqlite: host {host}, process ")) && run.err.contains(", died: signal: 9 (SIGKILL)"),
+                "{run:?}"
+            );
+        }
+    }
+}
+
+#[test]
 fn the_program_in_the_readme_is_the_quickstart() {
     let quickstart = include_str!("../examples/quickstart.rs");
     let lines = quickstart.lines().count();
