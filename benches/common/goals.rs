@@ -77,6 +77,13 @@ const fn at_least(key: &'static str, target: f64, baseline: Baseline, stretch: O
     Goal { key, baseline, bound: Bound::AtLeast, target, stretch }
 }
 
+/// What pageferry adds to the same calls by a program of its own: at most a fifth.
+macro_rules! twin {
+    ($key:literal) => {
+        at_most($key, 1.2, Baseline::Sum(&[concat!("raw_", $key)]), None)
+    };
+}
+
 pub static GOALS: &[Goal] = &[
     at_most("store_us_p50", 1.25, Baseline::Sum(&["raw_us_p50"]), Some(1.05)),
     at_most("quic_us_p50", 1.8, Baseline::Sum(&["raw_us_p50", "udp_us_p50"]), Some(1.3)),
@@ -95,6 +102,27 @@ pub static GOALS: &[Goal] = &[
     at_least("pull_vmlike_mb_s", 2.0, Baseline::Sum(&["pull_mb_s"]), None),
     // Between two baselines: the transport options that pageferry sets shall not be worse than quinn's own.
     at_least("quinn_mb_s", 1.0, Baseline::Sum(&["quinn_stock_mb_s"]), Some(2.0)),
+    twin!("wp_async_arm_ms"),
+    twin!("wp_async_first_write_us"),
+    twin!("wp_async_take_ms"),
+    twin!("wp_async_first_write_us_1pct"),
+    twin!("wp_async_take_ms_1pct"),
+    twin!("wp_async_first_write_us_50pct"),
+    twin!("wp_async_take_ms_50pct"),
+    twin!("wp_sync_arm_ms"),
+    twin!("wp_sync_first_write_us"),
+    twin!("wp_sync_take_ms"),
+    twin!("wp_sync_first_write_us_1pct"),
+    twin!("wp_sync_take_ms_1pct"),
+    twin!("wp_sync_first_write_us_50pct"),
+    twin!("wp_sync_take_ms_50pct"),
+    twin!("soft_dirty_arm_ms"),
+    twin!("soft_dirty_first_write_us"),
+    twin!("soft_dirty_take_ms"),
+    twin!("soft_dirty_first_write_us_1pct"),
+    twin!("soft_dirty_take_ms_1pct"),
+    twin!("soft_dirty_first_write_us_50pct"),
+    twin!("soft_dirty_take_ms_50pct"),
 ];
 
 /// How the keys of baselines begin: what others are measured against, never what pageferry does.
@@ -107,7 +135,8 @@ pub fn goal_of(key: &str) -> Option<&'static Goal> {
 /// The unit of a key, from its name.
 pub fn unit_of(key: &str) -> &'static str {
     match key {
-        _ if key.contains("_us_") => "us",
+        _ if key.contains("_us_") || key.ends_with("_us") => "us",
+        _ if key.contains("_ms_") || key.ends_with("_ms") => "ms",
         _ if key.ends_with("_pages_s") => "pages/s",
         _ if key.ends_with("_mb_s") => "MB/s",
         _ if key.ends_with("_cpu_s_gib") => "CPU s/GiB",
@@ -169,6 +198,36 @@ pub static PLOTS: &[Plot] = &[
             "quinn_jumbo_install_mb_s",
             "pull_jumbo_mb_s",
             "pull_vmlike_mb_s",
+        ],
+    },
+    Plot {
+        file: "dirty_first_write",
+        title: "First write of a page whose writes are followed (p50, us)",
+        keys: &[
+            "raw_wp_async_first_write_us",
+            "wp_async_first_write_us",
+            "raw_wp_sync_first_write_us",
+            "wp_sync_first_write_us",
+            "raw_soft_dirty_first_write_us",
+            "soft_dirty_first_write_us",
+        ],
+    },
+    Plot {
+        file: "dirty_take",
+        title: "Taking what was written of a region, 10 and 50 % of it (ms)",
+        keys: &[
+            "raw_wp_async_take_ms",
+            "wp_async_take_ms",
+            "raw_wp_async_take_ms_50pct",
+            "wp_async_take_ms_50pct",
+            "raw_wp_sync_take_ms",
+            "wp_sync_take_ms",
+            "raw_wp_sync_take_ms_50pct",
+            "wp_sync_take_ms_50pct",
+            "raw_soft_dirty_take_ms",
+            "soft_dirty_take_ms",
+            "raw_soft_dirty_take_ms_50pct",
+            "soft_dirty_take_ms_50pct",
         ],
     },
 ];

@@ -15,6 +15,7 @@ pub mod pages;
 pub mod plain_quinn;
 pub mod quic;
 pub mod raw;
+pub mod raw_writes;
 pub mod results;
 pub mod server;
 pub mod text;

@@ -1,7 +1,8 @@
 //! The bare kernel: userfaultfd without pageferry, for baselines.
 //!
-//! Role: the least code that resolves a fault or fills a range, so that what pageferry adds can be told. Neighbours: both benches; shares
-//! nothing with `src/sys`. Invariants: the only unsafe code under `benches/`; memory is read through atomics, for the kernel fills it at any time.
+//! Role: the least code that resolves a fault or fills a range, so that what pageferry adds can be told. Neighbours: the benches; `raw_writes` does the same
+//! for writes; shares nothing with `src/sys`. Invariants: these two files hold the only unsafe code under `benches/`; memory is read through atomics, for the
+//! kernel fills it at any time.
 
 use super::{PAGE_BYTES, Result};
 use std::{
@@ -18,28 +19,28 @@ use std::{
 
 // linux/userfaultfd.h: requests with the sizes of their arguments encoded, and the few bits used here.
 const USERFAULTFD_IOC_NEW: libc::Ioctl = 0xaa00;
-const UFFDIO_API: libc::Ioctl = 0xc018_aa3f_u32 as libc::Ioctl;
-const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00_u32 as libc::Ioctl;
+pub(super) const UFFDIO_API: libc::Ioctl = 0xc018_aa3f_u32 as libc::Ioctl;
+pub(super) const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00_u32 as libc::Ioctl;
 const UFFDIO_COPY: libc::Ioctl = 0xc028_aa03_u32 as libc::Ioctl;
 const UFFDIO_ZEROPAGE: libc::Ioctl = 0xc020_aa04_u32 as libc::Ioctl;
-const UFFD_API: u64 = 0xaa;
+pub(super) const UFFD_API: u64 = 0xaa;
 const UFFD_USER_MODE_ONLY: libc::c_int = 1;
 const REGISTER_MODE_MISSING: u64 = 1;
-const EVENT_PAGEFAULT: u8 = 0x12;
+pub(super) const EVENT_PAGEFAULT: u8 = 0x12;
 
 #[repr(C)]
-struct Api {
-    api: u64,
-    features: u64,
-    ioctls: u64,
+pub(super) struct Api {
+    pub(super) api: u64,
+    pub(super) features: u64,
+    pub(super) ioctls: u64,
 }
 
 #[repr(C)]
-struct Register {
-    start: u64,
-    len: u64,
-    mode: u64,
-    ioctls: u64,
+pub(super) struct Register {
+    pub(super) start: u64,
+    pub(super) len: u64,
+    pub(super) mode: u64,
+    pub(super) ioctls: u64,
 }
 
 #[repr(C)]
@@ -199,7 +200,7 @@ impl Drop for RawRegion {
     }
 }
 
-fn open_userfaultfd() -> Result<OwnedFd> {
+pub(super) fn open_userfaultfd() -> Result<OwnedFd> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
     if let Ok(device) = File::options().read(true).write(true).open("/dev/userfaultfd") {
         // SAFETY: the request takes flags by value and touches no memory.
