@@ -11,6 +11,10 @@ use crate::{
     sys::{Features, Stop, Trap, Userfault},
 };
 
+/// As many pages that are protected still are protected again rather than passed over by a second call: a call takes 1.0 to 1.7 us, a page in it 0.12 us (bench
+/// `dirty`).
+const GAP: u64 = 8;
+
 /// See the module header.
 #[derive(Debug)]
 pub(in crate::pager) struct WpSync {
@@ -64,8 +68,10 @@ impl Tracker for WpSync {
 
     fn take(&mut self, uffd: &Userfault, piece: Piece<'_>, written: &mut Written) -> Vec<Extent> {
         let taken = written.take(piece.extent);
-        for extent in &taken {
-            self.protect(uffd, piece, *extent, written);
+        for near in taken.chunk_by(|extent, next| next.first() - extent.end() <= GAP) {
+            // What is between them is protected, or was taken too.
+            let all = Extent::between(near[0].first(), near[near.len() - 1].end());
+            self.protect(uffd, piece, all, written);
         }
         taken
     }
