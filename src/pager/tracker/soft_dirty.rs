@@ -17,6 +17,7 @@ use crate::{
 };
 use std::{
     io,
+    ops::Range,
     sync::atomic::{AtomicUsize, Ordering},
 };
 
@@ -36,12 +37,24 @@ impl SoftDirty {
     }
 
     fn look(&self, piece: Piece<'_>, mut changed: impl FnMut(Extent)) -> io::Result<()> {
+        let mut run = piece.address..piece.address;
+        let mut changed = |run: &Range<usize>| {
+            if !run.is_empty() {
+                changed(piece.extent_of(run));
+            }
+        };
         self.pagemap.read(piece.address, piece.len(), |address, bits| {
             let written = if bits.populated() { bits.soft_dirty() } else { !self.filled_from_a_store };
             if written {
-                changed(piece.extent_of(&(address..address + piece.page.len())));
+                if run.end != address {
+                    changed(&run);
+                    run.start = address;
+                }
+                run.end = address + piece.page.len();
             }
-        })
+        })?;
+        changed(&run);
+        Ok(())
     }
 }
 
@@ -66,7 +79,7 @@ impl Tracker for SoftDirty {
     fn arm(&mut self, _: &Userfault, _: Piece<'_>, _: &mut Written) {}
 
     fn take(&mut self, _: &Userfault, piece: Piece<'_>, written: &mut Written) -> Vec<Extent> {
-        if self.look(piece, |page| written.wrote(page)).is_err() {
+        if self.look(piece, |extent| written.wrote(extent)).is_err() {
             written.wrote(piece.extent);
         }
         written.take(piece.extent)
