@@ -1,12 +1,13 @@
 //! The examples as a user runs them: as processes, judged by exit code and by what they print.
 //!
-//! Goal: no example rots, the program in README.md is the one that is compiled and run here, and the live migration ends with a clear
-//! word, and with nothing left behind, when either of its processes is killed. Method: `--quick`, and signals at moments that its own
+//! Goal: no example rots, the program in README.md is the one that is compiled and run here, and the live migration and the game end
+//! with a clear word, and with nothing left behind, when either of their processes is killed. Method: `--quick`, and signals at moments that its own
 //! output announces. That no process is left shows at the standard error stream, which all of them hold: it ends with the last.
 
 mod common;
 
 use common::uffd;
+use pageferry::Identity;
 use std::{
     io::{BufRead, BufReader, Read},
     path::PathBuf,
@@ -151,7 +152,89 @@ fn sqlite_ends_when_one_of_its_processes_is_killed() {
                 "{run:?}"
             );
         }
+fn a_game_that_moves_by_any_strategy_is_the_same_game() {
+    if !uffd() {
+        return;
     }
+    for (strategy, missing) in [("post-copy", None), ("pre-copy", Some("0 of ")), ("hybrid", None)] {
+        let run = Run::start("game", &["--quick", "--strategy", strategy]).finish();
+        assert!(run.took < LIMIT, "{run:?}");
+        assert!(run.status.success(), "{run:?}");
+        let missing = format!("missing at handover   {}", missing.unwrap_or_default());
+        let strategy = format!("strategy              {strategy}\n");
+        for shown in
+            [&missing, &strategy, "downtime ", "last tick to first ", "TICKS ", "^ the handover", "the proof             HOLDS: "]
+        {
+            assert!(run.out.contains(shown), "{shown:?} is missing: {run:?}");
+        }
+        assert!(!run.out.contains("NOT EQUAL") && !run.out.contains("not measured"), "{run:?}");
+        // Before the handover, while pages arrive and after.
+        let after = run.out.lines().find(|line| line.starts_with("  after the last page"));
+        let made: u64 = after.and_then(|line| line.split_whitespace().nth(4)?.replace(',', "").parse().ok()).unwrap_or(0);
+        assert!(made > 10, "{made} ticks in two seconds: {run:?}");
+    }
+}
+
+#[test]
+fn a_game_whose_destination_is_killed_before_the_handover_goes_on_at_the_source() {
+    if !uffd() {
+        return;
+    }
+    let mut run = Run::start("game", &["--quick", "--size", "4", "--seconds", "3600"]);
+    let destination = run.destination();
+    run.until("the game runs at the source");
+    signal("KILL", destination);
+    let run = run.finish();
+    assert_eq!(run.status.code(), Some(1), "{run:?}");
+    assert!(run.err.contains(&format!("the destination, process {destination}, died: signal: 9 (SIGKILL)")), "{run:?}");
+    assert!(run.err.contains("it went on at the source") && run.err.contains("the proof HOLDS there"), "{run:?}");
+}
+
+#[test]
+fn a_game_that_has_left_ends_with_whoever_is_killed() {
+    if !uffd() {
+        return;
+    }
+    let start = || {
+        let mut run = Run::start("game", &["--quick", "--size", "4", "--seconds", "3"]);
+        let destination = run.destination();
+        run.until("every page has come");
+        (run, destination)
+    };
+    let (run, destination) = start();
+    signal("KILL", destination);
+    let run = run.finish();
+    assert_eq!(run.status.code(), Some(1), "{run:?}");
+    assert!(run.err.contains("died: signal: 9 (SIGKILL)") && run.err.contains("had changed hands, so it is lost"), "{run:?}");
+
+    let (mut run, _) = start();
+    run.child.kill().unwrap();
+    let run = run.finish();
+    assert!(run.err.contains("the source ended; the game has all its pages"), "{run:?}");
+}
+
+#[test]
+fn a_game_moves_between_two_terminals() {
+    if !uffd() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let keys = ["source.pem", "destination.pem"].map(|name| directory.path().join(name).to_str().unwrap().to_owned());
+    let ids = [0, 1].map(|end| {
+        let identity = Identity::generate().unwrap();
+        identity.save(&keys[end]).unwrap();
+        identity.peer_id().to_string()
+    });
+    let options = ["--quick", "--size", "4", "--seconds", "1"];
+    let listen = ["source", "--listen", "127.0.0.1:0", "--key", &keys[0], "--peer", &ids[1]];
+    let mut source = Run::start("game", &[&listen[..], &options].concat());
+    let address = source.until("the game runs, and may be taken at").rsplit(' ').next().unwrap().to_owned();
+    let connect = ["destination", "--connect", &address, "--key", &keys[1], "--peer", &ids[0]];
+    let destination = source.beside("game", &[&connect[..], &options].concat()).finish();
+    let source = source.finish();
+    assert!(source.status.success() && destination.status.success(), "{source:?} {destination:?}");
+    assert!(source.out.contains("SOURCE\n  downtime ") && source.err.contains("the game has left the source"), "{source:?}");
+    assert!(destination.out.contains("the proof             HOLDS: "), "{destination:?}");
 }
 
 #[test]
@@ -165,8 +248,7 @@ fn the_program_in_the_readme_is_the_quickstart() {
     assert!(blocks.contains(&quickstart), "no ```rust block of README.md is examples/quickstart.rs, word for word");
 }
 
-/// Builds the examples once, and says where one is. `cargo test` itself builds an example that has tests of its own, as the live
-/// migration has, only as a test.
+/// Builds the examples once, and says where one is. `cargo test` itself builds an example that has tests of its own only as a test.
 fn example(name: &str) -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
@@ -191,8 +273,8 @@ fn signal(name: &str, process: u32) {
 
 /// A run of an example. Dropped, it is killed, and what it started ends with it.
 struct Run {
-    /// One run at a time: a run takes all of a small machine, and its limits are meant for one.
-    _alone: MutexGuard<'static, ()>,
+    /// One run at a time: a run takes all of a small machine, and its limits are meant for one. `None` beside another that has it.
+    _alone: Option<MutexGuard<'static, ()>>,
     begun: Instant,
     child: Child,
     lines: Receiver<String>,
@@ -211,7 +293,15 @@ struct Finished {
 impl Run {
     fn start(name: &str, arguments: &[&str]) -> Run {
         static ALONE: Mutex<()> = Mutex::new(());
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        Run::begin(Some(ALONE.lock().unwrap_or_else(PoisonError::into_inner)), name, arguments)
+    }
+
+    /// A second one, for an example with two ends.
+    fn beside(&self, name: &str, arguments: &[&str]) -> Run {
+        Run::begin(None, name, arguments)
+    }
+
+    fn begin(alone: Option<MutexGuard<'static, ()>>, name: &str, arguments: &[&str]) -> Run {
         let mut command = Command::new(example(name));
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let begun = Instant::now();
