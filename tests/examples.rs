@@ -152,6 +152,10 @@ fn sqlite_ends_when_one_of_its_processes_is_killed() {
                 "{run:?}"
             );
         }
+    }
+}
+
+#[test]
 fn a_game_that_moves_by_any_strategy_is_the_same_game() {
     if !uffd() {
         return;
