@@ -92,8 +92,9 @@ fn write(region: &Region, runs: impl Fn() -> bool, done: &AtomicU64) -> Wrote {
             continue;
         }
         let start = Instant::now();
-        // The count is in memory that moves: the first look at it may be a fault.
         if wrote.operations == 0 {
+            // Its first instruction: what that touches may have yet to come, which is a stall and no pause.
+            wrote.first_ns = now_ns();
             n = words[0].load(Relaxed);
         }
         n += 1;
@@ -101,9 +102,6 @@ fn write(region: &Region, runs: impl Fn() -> bool, done: &AtomicU64) -> Wrote {
         words[0].store(n, Relaxed);
         wrote.took_ns.push(start.elapsed().as_nanos() as u64);
         wrote.last_ns = now_ns();
-        if wrote.operations == 0 {
-            wrote.first_ns = wrote.last_ns;
-        }
         wrote.operations += 1;
         done.store(wrote.operations, Relaxed);
     }

@@ -340,6 +340,7 @@ impl Attempt {
                 Verdict::GoOn => {}
                 Verdict::HandOver { copy_rest: wanted } => {
                     *copy_rest = wanted;
+                    copy.drain().await;
                     return Ok(());
                 }
                 Verdict::Cancel { reason } => return Err(End::Failed(reason)),

@@ -137,6 +137,9 @@ impl From<RegionError> for CopyError {
 const STEP: Duration = Duration::from_millis(50);
 const STEP_MIN_BYTES: u64 = 1 << 20;
 const STEP_MAX_BYTES: u64 = 32 << 20;
+/// See [`Copy::drain`].
+const DRAIN_LIMIT: Duration = Duration::from_millis(500);
+const DRAIN_LOOK: Duration = Duration::from_micros(500);
 /// Between two looks when there is nothing to send.
 const IDLE: Duration = Duration::from_millis(10);
 
@@ -298,6 +301,19 @@ impl Copy {
         }
     }
 
+    /// Waits until what was sent has arrived, while the program runs: what it lacks is said behind that, and the pause would wait for it.
+    pub(super) async fn drain(&mut self) {
+        let start = Instant::now();
+        let arrived = |feed: &Feed| {
+            let (sent, used) = feed.sent_and_used_bytes();
+            sent == used
+        };
+        // A destination that says nothing for so long is slow, and no wait makes it faster.
+        while !self.feeds.iter().all(arrived) && start.elapsed() < DRAIN_LIMIT {
+            tokio::time::sleep(DRAIN_LOOK).await;
+        }
+    }
+
     /// The program is paused: finds out what it wrote last, sends it if that is wanted, and says what the destination lacks.
     pub(super) async fn last(&mut self, copy_rest: bool) -> Result<(), CopyError> {
         let followed: Vec<_> = self.parts.iter().map(|part| part.followed.clone()).collect();
@@ -325,16 +341,14 @@ impl Copy {
 
     /// The program has gone: sends what the destination lacks, those pages first that were written last, for the program is about to touch them.
     pub(super) async fn push(mut self) -> Result<(), CopyError> {
-        let followed: Vec<_> = self.parts.iter_mut().filter_map(|part| part.followed.take()).collect();
-        // Letting go takes a while, and nobody waits for it.
-        let let_go = tokio::task::spawn_blocking(move || drop(followed));
         while let Some(batch) = self.batch(false) {
             self.send(Some(batch)).await?;
         }
         for feed in self.feeds {
             feed.end().await?;
         }
-        let_go.await.map_err(panicked)
+        // Letting go takes a while, and the program that has just begun elsewhere may need the processor.
+        tokio::task::spawn_blocking(move || drop(self.parts)).await.map_err(panicked)
     }
 }
 

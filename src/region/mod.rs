@@ -4,6 +4,7 @@
 //! serves it through [`RegionStore`]. Invariants: S1 (a drop unmaps before anything is unregistered), S8 (no `&[u8]` of live memory).
 
 mod arrival;
+mod buffers;
 mod builder;
 mod capabilities;
 mod serve;

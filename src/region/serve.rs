@@ -3,10 +3,10 @@
 //! Role: hop *serve* when the pages are live memory. Neighbours: `net::server` reads it on its own thread. Invariants: S2: a thread that serves peers touches
 //! only pages that are resident, and where a touch could block it is made on a thread that serves nobody; S8: bytes are copied by the kernel or by atomics.
 
-use super::Region;
+use super::{Region, buffers::Buffers};
 use crate::{Extent, PageSize, PageStore, Pull, ReadAfterRead, RegionError, Run, StoreError};
 use async_trait::async_trait;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use std::{io, sync::Arc};
 
 /// The pages of a region as a [`PageStore`]. Reads see what the program wrote so far, page by page; for a state that existed at one instant the
@@ -26,13 +26,14 @@ use std::{io, sync::Arc};
 #[derive(Clone, Debug)]
 pub struct RegionStore {
     region: Region,
+    buffers: Arc<Buffers>,
 }
 
 impl RegionStore {
     /// A store that keeps the region alive.
     #[must_use]
     pub fn new(region: &Region) -> RegionStore {
-        RegionStore { region: region.clone() }
+        RegionStore { region: region.clone(), buffers: Arc::default() }
     }
 }
 
@@ -63,17 +64,12 @@ impl PageStore for RegionStore {
         let offset = page.offset_of(extent.first());
         let failed = |error| store_error("reading a region", extent, error);
         let bytes = if self.region.inner.paged.get().is_none() {
-            let mut bytes = BytesMut::zeroed(len);
-            self.region.mapping().read_live(offset, &mut bytes).map_err(failed)?;
-            bytes.freeze()
+            self.buffers.fill(len, |into| self.region.mapping().read_live(offset, into)).map_err(failed)?
         } else {
             self.region.populate(offset..offset + len as u64).await.map_err(failed)?;
-            let region = self.region.clone();
+            let (region, buffers) = (self.region.clone(), self.buffers.clone());
             // A page may be discarded between the populate and the copy, and the copy then waits for the pager.
-            let copy = tokio::task::spawn_blocking(move || {
-                let mut bytes = BytesMut::zeroed(len);
-                region.read_at(offset, &mut bytes).map(|()| bytes.freeze())
-            });
+            let copy = tokio::task::spawn_blocking(move || buffers.fill(len, |into| region.read_at(offset, into)));
             copy.await.map_err(|_| StoreError::Closed)?.map_err(failed)?
         };
         Ok(vec![Run::bytes(extent, bytes)])
