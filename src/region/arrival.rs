@@ -43,10 +43,8 @@ impl Region {
     pub(crate) fn attach(&self, upstream: Upstream, lacking: &[Extent]) -> Result<(), RegionError> {
         let Upstream { pager, store, fault_around, loss } = upstream;
         let page = self.inner.page;
-        for extent in lacking {
-            let len = usize::try_from(extent.bytes(page)).unwrap_or(usize::MAX);
-            self.mapping().discard(page.offset_of(extent.first()), len)?;
-        }
+        let range = |extent: &Extent| (page.offset_of(extent.first()), usize::try_from(extent.bytes(page)).unwrap_or(usize::MAX));
+        self.mapping().discard_all(&lacking.iter().map(range).collect::<Vec<_>>())?;
         let around = fault_around.unwrap_or(pager.options().fault_around);
         let around = Around::new(around.base_pages, around.max_pages);
         let core = Core::lacking(self.extent().count(), lacking, around, pager.options().max_in_flight_pages);
