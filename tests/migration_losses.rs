@@ -142,6 +142,28 @@ async fn a_move_that_failed_leaves_its_addresses_free_for_the_next() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_lies_about_what_is_lacking_is_refused() {
+    if !userfaultfd() {
+        return;
+    }
+    for lie in [vec![(0, 5)], vec![(4, 1)], vec![(u64::MAX, 1)], vec![(1, 1); 5]] {
+        let keys = Keys::new();
+        let mut source = RawSource::that_lacks(&keys.here, 4, lie.clone());
+        // Kept until the last word has arrived.
+        let destination = Arc::new(connect(&keys, source.address, poison_soon()).await);
+        let taker = destination.clone();
+        let taking = tokio::spawn(async move { take(&taker).await });
+        let mut handover = source.taken().await;
+        handover.offer(2, "heap", 4 * 4096, 0).await;
+        handover.expect(MAPPED).await;
+        handover.prepare().await;
+        assert!(handover.aborted().await.1.contains("protocol"), "{lie:?}");
+        let outcome = soon("the refusal", taking).await.unwrap();
+        assert!(matches!(outcome, Err(MoveError::Protocol(_))), "{lie:?}: {outcome:?}");
+    }
+}
+
 /// A program and its source behind a proxy.
 struct Stage {
     keys: Keys,

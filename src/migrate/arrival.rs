@@ -7,7 +7,7 @@
 use super::MoveError;
 use crate::{
     Extent, Region, RegionError, Run,
-    net::{Fed, FeedReader},
+    net::{Fed, FeedReader, StreamError},
     region::{Upstream, WeakRegion},
 };
 use tokio::{
@@ -93,10 +93,17 @@ async fn attach(
 ) -> Result<WeakRegion, MoveError> {
     let mut lacking: Vec<Extent> = Vec::new();
     loop {
-        match feed.next().await.map_err(|error| MoveError::Lost { reason: error.to_string() })? {
+        let said = feed.next().await.map_err(|error| match error {
+            StreamError::Ended(reason) => MoveError::Lost { reason },
+            StreamError::Wire(error) => MoveError::Protocol(error.to_string()),
+        });
+        match said? {
             Fed::Pages(run) if lacking.is_empty() => runs.send(run).await.map_err(|_| MoveError::Closed)?,
             Fed::Lacks { extents, more } => {
                 lacking.extend(extents);
+                if lacking.len() as u64 > region.extent().count() {
+                    return Err(MoveError::Protocol(format!("LACKS names more extents than the {} has pages", region.extent())));
+                }
                 if !more {
                     break;
                 }

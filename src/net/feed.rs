@@ -94,7 +94,8 @@ impl FeedReader {
         if self.within.covers(extent) {
             Ok(extent)
         } else {
-            Err(StreamError::Ended(format!("the source sent {extent} of a region of {}", self.within)))
+            let (found, max) = (extent.end(), self.within.end());
+            Err(WireError::OutOfRange { frame: "DATA or LACKS", field: "end of the extent in pages", found, min: 0, max }.into())
         }
     }
 }

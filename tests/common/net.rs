@@ -178,6 +178,7 @@ pub const PULL: u8 = 0x20;
 pub const CREDIT: u8 = 0x21;
 pub const END: u8 = 0x22;
 pub const TAKE: u8 = 0x30;
+pub const FEED: u8 = 0x3b;
 
 pub const ZERO: u8 = 0;
 pub const RAW: u8 = 1;
@@ -211,6 +212,11 @@ pub fn pull(region: u32, credit_bytes: u64, extents: &[(u64, u64)]) -> Vec<u8> {
         payload.extend_from_slice(&count.to_le_bytes());
     }
     frame(PULL, 0, &payload)
+}
+
+pub fn feed(session: u128, epoch: u64, region: u32, credit_bytes: u64) -> Vec<u8> {
+    let turn = [&session.to_le_bytes()[..], &epoch.to_le_bytes()].concat();
+    frame(FEED, 0, &[&turn[..], &region.to_le_bytes(), &credit_bytes.to_le_bytes()].concat())
 }
 
 pub fn credit(total_bytes: u64) -> Vec<u8> {

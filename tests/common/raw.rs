@@ -2,7 +2,9 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
-use crate::net::{Asked, DATA, Got, HELLO, Liar, OPENED, RawClient, TAKE, WELCOME, frame, hello, lane, open, read, soon};
+use crate::net::{
+    Asked, DATA, FEED, Got, HELLO, Liar, OPENED, RawClient, TAKE, WELCOME, feed, frame, hello, lane, open, read, soon,
+};
 use pageferry::Identity;
 use std::net::SocketAddr;
 use tokio::sync::mpsc;
@@ -17,7 +19,6 @@ pub const RELEASED: u8 = 0x37;
 pub const ABORT: u8 = 0x38;
 pub const MAPPED: u8 = 0x39;
 pub const PREPARE: u8 = 0x3a;
-pub const FEED: u8 = 0x3b;
 pub const LACKS: u8 = 0x3c;
 
 /// Codes of an ABORT.
@@ -85,10 +86,8 @@ impl Handover {
         let (first, second) = (Got::read(&mut receive).await, Got::read(&mut receive).await);
         let (Some(WELCOME), Some(OPENED)) = (first.map(|got| got.kind), second.as_ref().map(|got| got.kind)) else { return };
         let region = second.unwrap().u32_at(0);
-        let turn = [&self.session.to_le_bytes()[..], &self.epoch.to_le_bytes()].concat();
-        let rest = [&region.to_le_bytes()[..], &0u64.to_le_bytes()].concat();
         let Ok((mut send, receive)) = connection.open_bi().await else { return };
-        let _ = send.write_all(&frame(FEED, 0, &[turn, rest].concat())).await;
+        let _ = send.write_all(&feed(self.session, self.epoch, region, 0)).await;
         self.feeds.push((send, receive));
     }
 
@@ -200,9 +199,14 @@ pub struct RawSource {
 
 impl RawSource {
     pub fn listen(identity: &Identity, pages: u64) -> RawSource {
+        RawSource::that_lacks(identity, pages, vec![(0, pages)])
+    }
+
+    /// What it says is lacking may be a lie.
+    pub fn that_lacks(identity: &Identity, pages: u64, lacking: Vec<(u64, u64)>) -> RawSource {
         let (taken, takes) = mpsc::unbounded_channel();
         let liar = Liar::start(identity, move |asked: Asked| {
-            let taken = taken.clone();
+            let (taken, lacking) = (taken.clone(), lacking.clone());
             async move {
                 match asked.first.kind {
                     HELLO => asked.control(pages).await,
@@ -210,11 +214,14 @@ impl RawSource {
                         let session = u128::from_le_bytes(asked.first.payload[..16].try_into().unwrap());
                         let _ = taken.send(Handover::new(asked.send, asked.receive, session, None));
                     }
-                    // All is lacking, and nothing is sent unasked.
+                    // Nothing is sent unasked.
                     FEED => {
                         let mut asked = asked;
-                        let all = [&1u32.to_le_bytes()[..], &[0], &0u64.to_le_bytes(), &pages.to_le_bytes()].concat();
-                        asked.say(&frame(LACKS, 0, &all)).await;
+                        let mut payload = [&(lacking.len() as u32).to_le_bytes()[..], &[0]].concat();
+                        for (first, count) in lacking {
+                            payload.extend([first.to_le_bytes(), count.to_le_bytes()].concat());
+                        }
+                        asked.say(&frame(LACKS, 0, &payload)).await;
                         let _ = asked.send.finish();
                     }
                     _ => {}
