@@ -234,12 +234,13 @@ impl Home {
                 MoveEvent::Copying { round, owed_bytes, dirty_bytes_s, bandwidth_bytes_s, predicted_downtime } => {
                     let news = format!("round {round}: {} owed", BinaryBytes(owed_bytes));
                     // Before the first page has arrived there is nothing to judge by.
-                    let news = if bandwidth_bytes_s == 0 {
-                        news
-                    } else {
-                        let [written, carried] = [dirty_bytes_s, bandwidth_bytes_s].map(|bytes_s| BinaryBytes(bytes_s).to_string());
-                        let pause = time(predicted_downtime);
-                        format!("{news}, the game writes {written}/s, the path carries {carried}/s, it would pause for {pause}")
+                    let news = match predicted_downtime.map(time).filter(|_| bandwidth_bytes_s > 0) {
+                        None => news,
+                        Some(pause) => {
+                            let [written, carried] =
+                                [dirty_bytes_s, bandwidth_bytes_s].map(|bytes_s| BinaryBytes(bytes_s).to_string());
+                            format!("{news}, the game writes {written}/s, the path carries {carried}/s, it would pause for {pause}")
+                        }
                     };
                     let known = self.rounds == round;
                     (self.rounds, self.owed_bytes) = (round, owed_bytes);

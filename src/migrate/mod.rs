@@ -45,8 +45,8 @@ pub enum MoveEvent {
         dirty_bytes_s: u64,
         /// How much the destination takes in a second.
         bandwidth_bytes_s: u64,
-        /// How long the program would pause if it moved now.
-        predicted_downtime: Duration,
+        /// How long the program would pause if it moved now; unknown before enough has been sent.
+        predicted_downtime: Option<Duration>,
     },
     /// The program is paused.
     Paused,
@@ -83,7 +83,7 @@ pub enum MoveEvent {
 impl From<Copying> for MoveEvent {
     fn from(copying: Copying) -> MoveEvent {
         let Copying { round, owed_bytes, dirty_bytes_s, bandwidth_bytes_s, predicted_us } = copying;
-        let predicted_downtime = Duration::from_micros(predicted_us);
+        let predicted_downtime = (predicted_us < u64::MAX).then(|| Duration::from_micros(predicted_us));
         MoveEvent::Copying { round, owed_bytes, dirty_bytes_s, bandwidth_bytes_s, predicted_downtime }
     }
 }

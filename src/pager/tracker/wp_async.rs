@@ -1,6 +1,6 @@
 //! Write protection that the kernel lifts by itself (`UFFD_FEATURE_WP_ASYNC`, Linux 6.7), asked for by `PAGEMAP_SCAN`.
 //!
-//! Role: the tracker of choice: no message, no thread, 2 us for the first write of a page. Neighbours: `sys::Pagemap`. Invariants: finding and protecting a page is one step of the kernel's;
+//! Role: the tracker of choice: no message, no thread, 1 us for the first write of a page. Neighbours: `sys::Pagemap`. Invariants: finding and protecting a page is one step of the kernel's;
 //! pages that hold nothing are never marked, because a mark keeps the kernel from filling a missing page with zeros or poison.
 
 use super::{Piece, Tracker};

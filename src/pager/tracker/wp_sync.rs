@@ -1,6 +1,6 @@
 //! Write protection that the pager lifts, page by page as messages come (Linux 5.7).
 //!
-//! Role: the tracker for kernels without `WP_ASYNC`; 30 us for the first write of a page. Neighbours: `tracking` adds the page of each message to what was written before it lets the writer
+//! Role: the tracker for kernels without `WP_ASYNC`; 8 to 45 us for the first write of a page. Neighbours: `tracking` adds the page of each message to what was written before it lets the writer
 //! go. Invariants: a page is taken before it is protected anew; only pages that hold something are protected where a store fills the region, because a mark on another keeps the
 //! kernel from filling it with zeros or poison.
 
