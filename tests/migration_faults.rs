@@ -15,6 +15,7 @@ use pageferry::{Destination, Gate, Identity, MoveError, MoveEvent, Moved, NetErr
 use program::{Keys, Ledger, Program, check, is_aborted, wait_for, world};
 use raw::{COMMIT, COMPLETE, MAPPED, NOT_OWNER, OFFER, PREPARE, READY, RELEASED, RESUMED, RawDestination};
 use std::{
+    collections::BTreeSet,
     future::pending,
     net::SocketAddr,
     sync::{
@@ -333,6 +334,36 @@ async fn a_session_that_asks_twice_before_the_commit_does_not_get_two_answers() 
     }
     drop((first, second, third));
     stage.moves_unharmed().await;
+}
+
+/// What a source has sent counts for the regions that it was sent to: a destination may have mapped others in an attempt of which the source never heard.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn regions_that_were_mapped_anew_get_every_page_whatever_was_sent_before() {
+    if !userfaultfd() {
+        return;
+    }
+    let (keys, region) = (Keys::new(), world(&["heap"], 64).remove(0));
+    let source = keys.source(std::slice::from_ref(&region), &Gate::new()).listen(LOOPBACK).unwrap();
+    let mut told = source.events();
+    let all: BTreeSet<u64> = (0..64).collect();
+    // Mapped for the attempt of epoch 2, and kept, and then mapped for that of epoch 4, whose MAPPED is never sent.
+    for (epoch, mapped_since, expected) in [(2, 2, all.clone()), (3, 2, BTreeSet::new()), (5, 4, all.clone())] {
+        let raw = RawDestination::connect(source.local_addr(), &keys.there).await;
+        let mut handover = raw.take_by(1, &raw::HYBRID).await;
+        handover.expect(OFFER).await;
+        assert_eq!(handover.epoch, epoch);
+        (handover.mapped_since, handover.credit_bytes) = (Some(mapped_since), 1 << 20);
+        handover.say(MAPPED).await;
+        assert_eq!(handover.fed().await, expected, "epoch {epoch}, mapped since {mapped_since}");
+        raw.client.connection.close(0u32.into(), b"the path broke");
+        wait_for(&mut told, "the loss", is_aborted).await;
+        if epoch == 3 {
+            let raw = RawDestination::connect(source.local_addr(), &keys.there).await;
+            raw.take_by(1, &raw::HYBRID).await.up_to(OFFER).await;
+            raw.client.connection.close(0u32.into(), b"the path broke");
+            wait_for(&mut told, "the loss", is_aborted).await;
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

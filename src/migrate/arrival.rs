@@ -20,7 +20,7 @@ pub(super) struct Arrival {
     attached: Option<oneshot::Receiver<Result<(), MoveError>>>,
     task: JoinHandle<()>,
     /// Puts pages in place until the program runs here: copying memory is nothing for a thread that serves faults.
-    putting: JoinHandle<()>,
+    putting: JoinHandle<bool>,
 }
 
 /// Runs that wait to be put in place: enough to keep a thread busy, few enough to stay in its cache.
@@ -40,7 +40,9 @@ impl Arrival {
                 outcome = outcome.and_then(|()| into.put(&run));
             }
             drop(into);
+            let intact = outcome.is_ok();
             let _ = put.send(outcome);
+            intact
         });
         let task = tokio::spawn(async move {
             let mut feed = feed;
@@ -76,11 +78,11 @@ impl Arrival {
         let _ = (&mut self.task).await;
     }
 
-    /// Ends it; nothing of it holds the region when this returns.
-    pub(super) async fn cancel(self) {
+    /// Ends it; nothing of it holds the region when this returns. Whether all that came is in place.
+    pub(super) async fn cancel(self) -> bool {
         self.task.abort();
         let _ = self.task.await;
-        let _ = self.putting.await;
+        self.putting.await.unwrap_or(false)
     }
 }
 

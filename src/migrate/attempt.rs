@@ -6,7 +6,7 @@
 
 use super::{
     MoveEvent,
-    copy::{Copy, CopyError},
+    copy::{Copy, CopyError, Parked},
     gate::Gate,
     handover::{SessionId, SourceAction, SourceEvent, SourceHandover, SourceState, Turn},
     rounds::Verdict,
@@ -40,7 +40,7 @@ impl Extension for Shared {
                 peer,
                 session,
                 strategy,
-                fresh: true,
+                mapped_since: 0,
                 writer,
                 reader,
                 turn: None,
@@ -68,8 +68,8 @@ struct Attempt {
     peer: PeerId,
     session: SessionId,
     strategy: Strategy,
-    /// Whether the destination begins with nothing.
-    fresh: bool,
+    /// The attempt for which the destination mapped its regions: it has what came in that one and since.
+    mapped_since: u64,
     writer: FrameWriter,
     reader: FrameReader,
     turn: Option<Turn>,
@@ -288,13 +288,15 @@ impl Attempt {
     async fn copy(&mut self, turn: Turn) -> Result<(), End> {
         let feeds = self.bound().wait(self.shared.feeds_of(turn)).await?;
         self.copying = Some(self.bound().wait(self.shared.copying.clone().lock_owned()).await?);
-        let parked = lock(&self.shared.parked).take().filter(|(session, _)| *session == turn.session && !self.fresh);
+        // An account of what was sent to regions that are no more is of no use, whoever thinks that they are still there.
+        let holds = |(session, parked): &(SessionId, Parked)| *session == turn.session && self.mapped_since <= parked.began();
+        let parked = lock(&self.shared.parked).take().filter(holds);
         let copy = match parked {
             Some((_, parked)) => Copy::go_on(&self.shared, self.strategy, feeds, parked),
             None => {
                 let alone = self.bound().wait(self.shared.following.clone().lock_owned()).await?;
                 // On a task of its own: it ends what it began, whoever calls it off.
-                let begun = Copy::begin(self.shared.clone(), self.strategy, feeds, alone);
+                let begun = Copy::begin(self.shared.clone(), self.strategy, feeds, turn.epoch, alone);
                 let begun = self.bound().wait(self.shared.service.spawn(begun)).await?;
                 begun.map_err(|error| End::Failed(error.to_string()))??
             }
@@ -398,8 +400,8 @@ impl Attempt {
             Some(frame) => frame,
         };
         let event = match frame {
-            Frame::Mapped { session, epoch, fresh } => {
-                self.fresh = fresh;
+            Frame::Mapped { session, epoch, since } => {
+                self.mapped_since = since;
                 SourceEvent::Mapped(Turn { session, epoch })
             }
             // Only what this stream prepared can be ready: the program may still run.

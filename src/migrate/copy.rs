@@ -27,6 +27,8 @@ use tokio::sync::OwnedMutexGuard;
 pub(super) struct Copy {
     parts: Vec<Part>,
     feeds: Vec<Feed>,
+    /// The attempt in which all was owed.
+    began: u64,
     tick: Tick,
     rounds: Rounds,
     dirtied_bytes: u64,
@@ -88,11 +90,17 @@ pub(super) type Alone = OwnedMutexGuard<()>;
 /// What the destination of a session lacks, while there is no connection to it.
 pub(super) struct Parked {
     parts: Vec<Part>,
+    began: u64,
     tick: Tick,
     since: Instant,
 }
 
 impl Parked {
+    /// The attempt in which all was owed: it says what was sent in that one and since.
+    pub(super) fn began(&self) -> u64 {
+        self.began
+    }
+
     /// When the connection broke.
     pub(super) fn since(&self) -> Instant {
         self.since
@@ -145,7 +153,13 @@ const IDLE: Duration = Duration::from_millis(10);
 
 impl Copy {
     /// Everything is owed. Unless the program moves first, its writes are followed from here on.
-    pub(super) async fn begin(shared: Arc<Shared>, strategy: Strategy, feeds: Vec<Feed>, alone: Alone) -> Result<Copy, CopyError> {
+    pub(super) async fn begin(
+        shared: Arc<Shared>,
+        strategy: Strategy,
+        feeds: Vec<Feed>,
+        began: u64,
+        alone: Alone,
+    ) -> Result<Copy, CopyError> {
         const FIRST: Tick = 1;
         let alone = Arc::new(alone);
         let mut parts = Vec::with_capacity(feeds.len());
@@ -154,15 +168,16 @@ impl Copy {
             let owed = Owed::all(region.extent(), FIRST);
             parts.push(Part { followed, owed, page: region.page_size(), unacknowledged: VecDeque::new() });
         }
-        Ok(Copy::go_on(&shared, strategy, feeds, Parked { parts, tick: FIRST, since: Instant::now() }))
+        Ok(Copy::go_on(&shared, strategy, feeds, Parked { parts, began, tick: FIRST, since: Instant::now() }))
     }
 
     /// What was owed when the connection broke still is, and what the program has written since.
     pub(super) fn go_on(shared: &Shared, strategy: Strategy, feeds: Vec<Feed>, parked: Parked) -> Copy {
-        let Parked { parts, tick, .. } = parked;
+        let Parked { parts, began, tick, .. } = parked;
         Copy {
             parts,
             feeds,
+            began,
             tick,
             rounds: Rounds::new(strategy, tick),
             dirtied_bytes: 0,
@@ -184,14 +199,14 @@ impl Copy {
 
     /// The connection broke. The program runs on, and what it writes is followed.
     pub(super) fn park(self) -> Parked {
-        let Copy { mut parts, feeds, tick, .. } = self;
+        let Copy { mut parts, feeds, began, tick, .. } = self;
         for (part, feed) in parts.iter_mut().zip(&feeds) {
             part.acknowledge(feed);
             for (_, extents) in std::mem::take(&mut part.unacknowledged) {
                 part.owed.wrote(tick, &extents);
             }
         }
-        Parked { parts, tick, since: Instant::now() }
+        Parked { parts, began, tick, since: Instant::now() }
     }
 
     /// Looks once, and sends a little while it asks the trackers.

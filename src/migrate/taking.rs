@@ -34,6 +34,8 @@ pub(super) struct Taking {
     /// By the source's last OFFER.
     offered: Vec<OfferedRegion>,
     regions: Vec<Region>,
+    /// The attempt that they were mapped for.
+    mapped_since: u64,
     /// One for each of them.
     arrivals: Vec<Arrival>,
     state: Bytes,
@@ -81,6 +83,7 @@ impl Taking {
             handover: DestinationHandover::new(),
             offered: Vec::new(),
             regions: Vec::new(),
+            mapped_since: 0,
             arrivals: Vec::new(),
             state: Bytes::new(),
             undecided_since: None,
@@ -128,9 +131,9 @@ impl Taking {
                 DestinationAction::MapAndSayMapped => {
                     (self.undecided_since, self.lost_since) = (None, None);
                     heard = match self.map().await {
-                        Ok(fresh) => {
-                            let (session, epoch) = (self.session, self.handover.epoch());
-                            let mapped = stream.writer.send(&Frame::Mapped { session, epoch, fresh }).await;
+                        Ok(()) => {
+                            let (session, epoch, since) = (self.session, self.handover.epoch(), self.mapped_since);
+                            let mapped = stream.writer.send(&Frame::Mapped { session, epoch, since }).await;
                             self.after(mapped, &mut stream, self.means.step_limit).await?
                         }
                         // Listening for pages needs the connection.
@@ -280,21 +283,21 @@ impl Taking {
         stream.writer.finish();
     }
 
-    /// Has what is offered mapped, as plain memory, and the source send its pages as it sees fit. Whether it holds nothing yet: what an earlier attempt brought is kept,
-    /// unless that one had come so far that regions wait for pages.
-    async fn map(&mut self) -> Result<bool, MoveError> {
+    /// Has what is offered mapped, as plain memory, and the source send its pages as it sees fit. What an earlier attempt brought is kept, unless that one had come so
+    /// far that regions wait for pages.
+    async fn map(&mut self) -> Result<(), MoveError> {
         let is_offered = |(region, offered): (&Region, &OfferedRegion)| {
             let address = region.fixed_address().map_or(0, |address| address as u64);
             (region.name(), region.size_bytes(), address) == (&**offered.name, offered.size_bytes, offered.address)
         };
         let same = self.regions.len() == self.offered.len() && self.regions.iter().zip(&self.offered).all(is_offered);
-        let keeps = same && !self.regions.is_empty() && self.regions.iter().all(Region::is_plain);
-        if keeps {
-            for arrival in self.arrivals.drain(..) {
-                arrival.cancel().await;
-            }
-        } else {
+        let mut keeps = same && !self.regions.is_empty() && self.regions.iter().all(Region::is_plain);
+        for arrival in self.arrivals.drain(..) {
+            keeps &= arrival.cancel().await;
+        }
+        if !keeps {
             self.unmap().await;
+            self.mapped_since = self.handover.epoch();
             for OfferedRegion { name, size_bytes, address, .. } in &self.offered {
                 let mut region = Region::builder().name(&***name).size(*size_bytes).pager(&self.means.pager);
                 if *address != 0 {
@@ -310,7 +313,7 @@ impl Taking {
             let upstream = Upstream { pager, store: Arc::new(store), fault_around: self.means.fault_around, loss };
             self.arrivals.push(Arrival::start(region, feed, upstream));
         }
-        Ok(!keeps)
+        Ok(())
     }
 
     /// Nothing is mapped when this returns.

@@ -71,7 +71,7 @@ kinds! {
     0x36 "COMPLETE"  Complete  24, 24;
     0x37 "RELEASED"  Released  24, 24;
     0x38 "ABORT"     Abort     28, 28 + MAX_MESSAGE_BYTES;
-    0x39 "MAPPED"    Mapped    25, 25;
+    0x39 "MAPPED"    Mapped    32, 32;
     0x3a "PREPARE"   Prepare   32, 32;
     0x3b "FEED"      Feed      36, 36;
     0x3c "LACKS"     Lacks     5, 5 + MAX_PULL_EXTENTS * EXTENT_BYTES;
@@ -247,8 +247,8 @@ pub(crate) enum Frame {
     Mapped {
         session: u128,
         epoch: u64,
-        /// They hold nothing yet; else what an earlier attempt of the session has brought.
-        fresh: bool,
+        /// The attempt that they were mapped for: they hold what it and those after it have brought.
+        since: u64,
     },
     /// The program has paused; its state follows in STATE frames.
     Prepare {
@@ -382,7 +382,7 @@ impl Frame {
             Kind::Resumed => Frame::Resumed { session: p.u128("session")?, epoch: p.u64("epoch")? },
             Kind::Complete => Frame::Complete { session: p.u128("session")?, epoch: p.u64("epoch")? },
             Kind::Released => Frame::Released { session: p.u128("session")?, epoch: p.u64("epoch")? },
-            Kind::Mapped => Frame::Mapped { session: p.u128("session")?, epoch: p.u64("epoch")?, fresh: p.flag("fresh")? },
+            Kind::Mapped => Frame::Mapped { session: p.u128("session")?, epoch: p.u64("epoch")?, since: p.u64("since")? },
             Kind::Prepare => {
                 let (session, epoch) = (p.u128("session")?, p.u64("epoch")?);
                 let state_bytes = StateLength::of_field(frame, "state_bytes", p.u64("state_bytes")?)?;
@@ -487,9 +487,9 @@ impl Frame {
             | Frame::Resumed { session, epoch }
             | Frame::Complete { session, epoch }
             | Frame::Released { session, epoch } => put_turn(out, *session, *epoch),
-            Frame::Mapped { session, epoch, fresh } => {
+            Frame::Mapped { session, epoch, since } => {
                 put_turn(out, *session, *epoch);
-                out.put_u8((*fresh).into());
+                out.put_u64_le(*since);
             }
             Frame::Prepare { session, epoch, state_bytes } => {
                 put_turn(out, *session, *epoch);

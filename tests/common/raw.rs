@@ -3,10 +3,10 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 use crate::net::{
-    Asked, DATA, FEED, Got, HELLO, Liar, OPENED, RawClient, TAKE, WELCOME, feed, frame, hello, lane, open, read, soon,
+    Asked, DATA, FEED, Got, HELLO, Liar, OPENED, RawClient, TAKE, WELCOME, credit, feed, frame, hello, lane, open, read, soon,
 };
 use pageferry::Identity;
-use std::net::SocketAddr;
+use std::{collections::BTreeSet, net::SocketAddr};
 use tokio::sync::mpsc;
 
 pub const OFFER: u8 = 0x31;
@@ -35,11 +35,17 @@ pub struct Handover {
     /// Of a destination: with what it listens for pages.
     connection: Option<quinn::Connection>,
     names: Vec<String>,
-    feeds: Vec<(quinn::SendStream, quinn::RecvStream)>,
+    /// What MAPPED says of the regions, if not that they were mapped for the attempt.
+    pub mapped_since: Option<u64>,
+    /// On each feed.
+    pub credit_bytes: u64,
+    pub feeds: Vec<(quinn::SendStream, quinn::RecvStream)>,
 }
 
 /// No strategy but post-copy, and no limits.
 pub const POST_COPY: [u8; 16] = [0; 16];
+/// Ten rounds at most.
+pub const HYBRID: [u8; 16] = [2, 0, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
 fn names(offer: &[u8]) -> Vec<String> {
     let (count, mut rest) = (u16::from_le_bytes([offer[32], offer[33]]), &offer[34..]);
@@ -54,7 +60,17 @@ fn names(offer: &[u8]) -> Vec<String> {
 
 impl Handover {
     fn new(send: quinn::SendStream, receive: quinn::RecvStream, session: u128, connection: Option<quinn::Connection>) -> Handover {
-        Handover { send, receive, session, epoch: 0, connection, names: Vec::new(), feeds: Vec::new() }
+        Handover {
+            send,
+            receive,
+            session,
+            epoch: 0,
+            connection,
+            names: Vec::new(),
+            mapped_since: None,
+            credit_bytes: 0,
+            feeds: Vec::new(),
+        }
     }
 
     pub async fn say_with(&mut self, kind: u8, rest: &[u8]) {
@@ -73,8 +89,9 @@ impl Handover {
                 self.listen(&connection, &name).await;
             }
         }
-        // It holds nothing yet.
-        let rest: &[u8] = if kind == MAPPED { &[1] } else { &[] };
+        // Mapped for this attempt.
+        let since = self.mapped_since.unwrap_or(self.epoch).to_le_bytes();
+        let rest: &[u8] = if kind == MAPPED { &since } else { &[] };
         self.say_with(kind, rest).await;
     }
 
@@ -87,7 +104,7 @@ impl Handover {
         let (Some(WELCOME), Some(OPENED)) = (first.map(|got| got.kind), second.as_ref().map(|got| got.kind)) else { return };
         let region = second.unwrap().u32_at(0);
         let Ok((mut send, receive)) = connection.open_bi().await else { return };
-        let _ = send.write_all(&feed(self.session, self.epoch, region, 0)).await;
+        let _ = send.write_all(&feed(self.session, self.epoch, region, self.credit_bytes)).await;
         self.feeds.push((send, receive));
     }
 
@@ -139,6 +156,21 @@ impl Handover {
         }
     }
 
+    /// The pages that come on the first feed up to LACKS, each acknowledged as it comes.
+    pub async fn fed(&mut self) -> BTreeSet<u64> {
+        let (send, receive) = &mut self.feeds[0];
+        let (mut pages, mut used) = (BTreeSet::new(), 0);
+        loop {
+            let got = soon("a page or LACKS", Got::read(receive)).await.expect("the feed goes on");
+            if got.kind == LACKS {
+                return pages;
+            }
+            pages.extend(got.extent().pages());
+            used += got.payload.len() as u64 - 16;
+            send.write_all(&credit(self.credit_bytes + used)).await.unwrap();
+        }
+    }
+
     pub async fn offer(&mut self, epoch: u64, name: &str, size_bytes: u64, address: u64) {
         self.epoch = epoch;
         let region = [&[name.len() as u8], name.as_bytes(), &[12], &size_bytes.to_le_bytes(), &address.to_le_bytes()].concat();
@@ -167,7 +199,11 @@ impl RawDestination {
 
     /// A stream on which TAKE was sent.
     pub async fn take(&self, session: u128) -> Handover {
-        let take = frame(TAKE, 0, &[&session.to_le_bytes()[..], &POST_COPY].concat());
+        self.take_by(session, &POST_COPY).await
+    }
+
+    pub async fn take_by(&self, session: u128, plan: &[u8; 16]) -> Handover {
+        let take = frame(TAKE, 0, &[&session.to_le_bytes()[..], plan].concat());
         let (send, receive) = self.client.stream(&take).await;
         Handover::new(send, receive, session, Some(self.client.connection.clone()))
     }

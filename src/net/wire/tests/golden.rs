@@ -224,11 +224,11 @@ pub(super) fn goldens() -> Vec<Golden> {
             &[9, 0],                       // code 9: aborted
             &[7, 0], b"no room",           // message: 7 bytes
         ]),
-        golden("mapped", Frame::Mapped { session: SESSION, epoch: EPOCH, fresh: true }, &[
-            &[0x39, 0, 0, 0, 25, 0, 0, 0], // MAPPED, 25 bytes follow
+        golden("mapped", Frame::Mapped { session: SESSION, epoch: EPOCH, since: 3 }, &[
+            &[0x39, 0, 0, 0, 32, 0, 0, 0], // MAPPED, 32 bytes follow
             SESSION_BYTES,                 // session
             EPOCH_BYTES,                   // epoch
-            &[1],                          // fresh
+            &[3, 0, 0, 0, 0, 0, 0, 0],     // since 3
         ]),
         golden("prepare", Frame::Prepare { session: SESSION, epoch: EPOCH, state_bytes: StateLength::new(9u64).unwrap() }, &[
             &[0x3a, 0, 0, 0, 32, 0, 0, 0], // PREPARE, 32 bytes follow

@@ -112,7 +112,7 @@ fn frame(kind: Kind) -> BoxedStrategy<Frame> {
             })
             .boxed(),
         Kind::Mapped => {
-            (turn(), any::<bool>()).prop_map(|((session, epoch), fresh)| Frame::Mapped { session, epoch, fresh }).boxed()
+            (turn(), any::<u64>()).prop_map(|((session, epoch), since)| Frame::Mapped { session, epoch, since }).boxed()
         }
         Kind::Prepare => (turn(), 0..=u64::from(MAX_STATE_BYTES))
             .prop_map(|((session, epoch), state_bytes)| Frame::Prepare {
