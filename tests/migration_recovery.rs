@@ -9,7 +9,7 @@ mod proxy;
 
 use net::{LOOPBACK, soon, userfaultfd};
 use pageferry::{Destination, Gate, MoveError, MoveEvent, Moved, Pass, Region, Source, Strategy};
-use program::{Keys, Ledger, Program, check, is_aborted, wait_for, world};
+use program::{Keys, Ledger, Program, check, check_noise, fill_with_noise, is_aborted, wait_for, world};
 use proxy::{Proxy, Weather};
 use std::{
     sync::{Arc, atomic::Ordering::Relaxed},
@@ -34,11 +34,7 @@ impl Stage {
     fn new(reconnect_limit: Duration) -> Stage {
         let (keys, ledger, regions) = (Keys::new(), Ledger::new(), world(&["heap"], 64));
         let archive = Region::builder().name("archive").size((PAGES * 4096) as u64).open().unwrap();
-        let mut random = 7u64;
-        for word in archive.atomics_u64(0, archive.len() / 8).unwrap() {
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            word.store(random, Relaxed);
-        }
+        fill_with_noise(&archive);
         let program = Program::start(&regions, &ledger);
         let all = [regions[0].clone(), archive];
         let builder = keys.source(&all, &program.gate).background_limit(BYTES_S).reconnect_limit(reconnect_limit);
@@ -60,11 +56,7 @@ impl Stage {
         soon("the departure", self.source.departed()).await.unwrap();
         there.quit();
         check(&moved.regions()[..1], &self.ledger);
-        let mut random = 7u64;
-        for (at, word) in moved.regions()[1].atomics_u64(0, PAGES * 512).unwrap().iter().enumerate() {
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            assert_eq!(word.load(Relaxed), random, "page {} of the archive", at / 512);
-        }
+        check_noise(&moved.regions()[1]);
     }
 }
 

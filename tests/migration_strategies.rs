@@ -9,7 +9,7 @@ use net::{LOOPBACK, soon, userfaultfd};
 use pageferry::{
     AtLimit, Destination, Gate, MoveError, MoveEvent, Moved, Pager, PagerOptions, Pass, Region, Source, Strategy, TrackerKind,
 };
-use program::{Keys, Ledger, Program, check, check_stamps, is_aborted, poison_soon, stamp_all, wait_for, world};
+use program::{Keys, Ledger, Program, check, check_stamps, fill_with_noise, is_aborted, poison_soon, stamp_all, wait_for, world};
 use std::{
     sync::{
         Arc, Mutex,
@@ -237,13 +237,8 @@ async fn a_program_that_slows_down_when_asked_can_be_copied() {
     let noted = asked.clone();
     let builder = keys.source(std::slice::from_ref(&region), &gate).background_limit(64 << 20);
     let source = builder.throttle(move |share| noted.lock().unwrap().push(share)).listen(LOOPBACK).unwrap();
-    // Incompressible, or there would be nothing to carry.
-    let words = region.atomics_u64(0, region.len() / 8).unwrap();
-    let mut random = 7u64;
-    for (at, word) in words.iter().enumerate().filter(|(at, _)| at % 512 > 0 && at % 512 < 511) {
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(at as u64);
-        word.store(random, Relaxed);
-    }
+    // Or there would be nothing to carry.
+    fill_with_noise(&region);
     let strategy = Strategy::pre_copy().downtime_limit(Duration::from_millis(8)).round_limit(200);
     let moved = take(&connect(&source, &keys).await, strategy).await.unwrap();
     let n = writer.join().unwrap();
@@ -320,14 +315,9 @@ async fn background_traffic_keeps_to_its_limit_and_faults_do_not_wait_for_it() {
         return;
     }
     const BYTES_S: u64 = 4 << 20;
-    let (keys, ledger, regions) = (Keys::new(), Ledger::new(), world(&["heap"], 2048));
-    // Incompressible: what travels is what was limited.
-    let words = regions[0].atomics_u64(0, regions[0].len() / 8).unwrap();
-    let mut random = 7u64;
-    for (at, word) in words.iter().enumerate().filter(|(at, _)| at % 512 > 2 && at % 512 < 511) {
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(at as u64);
-        word.store(random, Relaxed);
-    }
+    let (keys, regions) = (Keys::new(), world(&["heap"], 2048));
+    // What travels is what is limited.
+    fill_with_noise(&regions[0]);
     let gate = Gate::new();
     let source = keys.source(&regions, &gate).background_limit(BYTES_S).listen(LOOPBACK).unwrap();
     let moved = take(&connect(&source, &keys).await, Strategy::post_copy()).await.unwrap();
@@ -339,5 +329,4 @@ async fn background_traffic_keeps_to_its_limit_and_faults_do_not_wait_for_it() {
     soon("the last page", moved.complete()).await.unwrap();
     let least = Duration::from_secs_f64((2048 - 64) as f64 * PAGE as f64 / BYTES_S as f64 * 0.8);
     assert!(start.elapsed() >= least, "{:?}, not {least:?}", start.elapsed());
-    drop(ledger);
 }

@@ -12,6 +12,8 @@ mod proof;
 mod report;
 mod screen;
 mod source;
+#[path = "../common/terminal.rs"]
+mod terminal;
 mod ticks;
 mod world;
 
@@ -25,10 +27,8 @@ use std::{
     process::ExitCode,
     time::Duration,
 };
-use tokio::{
-    runtime::Runtime,
-    signal::unix::{SignalKind, signal},
-};
+use terminal::interrupted;
+use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
 
 type Failure = Box<dyn Error + Send + Sync>;
@@ -169,7 +169,7 @@ fn main() -> ExitCode {
         }
         tokio::select! {
             code = run(role, &options) => code,
-            code = interrupted() => code,
+            code = interrupted("game", "what it started") => code,
         }
     });
     // Threads that play or wait for a page end with the process.
@@ -217,23 +217,6 @@ fn identity(file: Option<&Path>) -> Result<Identity, IdentityError> {
 fn square(text: &str) -> Result<u64, String> {
     let mib = text.parse().map_err(|_| "not a number of MiB".to_owned())?;
     if [4, 16, 64, 256, 1024].contains(&mib) { Ok(mib) } else { Err("a meadow is a square: 4, 16, 64, 256 or 1024 MiB".to_owned()) }
-}
-
-/// The exit code that says which signal it was, as shells count them.
-async fn interrupted() -> ExitCode {
-    let wait = |kind: SignalKind| async move {
-        match signal(kind) {
-            Ok(mut signal) => signal.recv().await,
-            // Without a handler the signal ends the process by itself.
-            Err(_) => std::future::pending().await,
-        }
-    };
-    let (name, code) = tokio::select! {
-        _ = wait(SignalKind::interrupt()) => ("Ctrl-C", 130),
-        _ = wait(SignalKind::terminate()) => ("SIGTERM", 143),
-    };
-    eprintln!("game: ended by {name}, and what it started with it");
-    ExitCode::from(code)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 
 use crate::{
     proof::Proof,
+    terminal::time,
     ticks::{Log, PARTS, PERIOD, bar},
 };
 use indicatif::HumanCount;
@@ -124,20 +125,6 @@ impl fmt::Display for Arrived {
 fn section(f: &mut fmt::Formatter<'_>, title: &str, rows: Rows) -> fmt::Result {
     writeln!(f, "\n{title}")?;
     rows.iter().try_for_each(|(name, value)| writeln!(f, "  {name:<22}{value}"))
-}
-
-/// Three digits and the unit that fits.
-pub fn time(time: Duration) -> String {
-    let us = time.as_secs_f64() * 1e6;
-    let (value, unit) = if us < 1e3 {
-        (us, "us")
-    } else if us < 1e6 {
-        (us / 1e3, "ms")
-    } else {
-        (us / 1e6, "s")
-    };
-    let digits = if value < 10.0 { 2 } else { usize::from(value < 100.0) };
-    format!("{value:.digits$} {unit}")
 }
 
 #[cfg(test)]

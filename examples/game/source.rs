@@ -10,8 +10,9 @@ use crate::{
     player::{Player, Seen},
     process::{Process, ProcessError},
     proof::Proof,
-    report::{Left, time},
+    report::Left,
     screen::{Pane, Scene, Screen},
+    terminal::time,
     ticks::{Log, Part},
     world::World,
 };

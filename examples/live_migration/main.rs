@@ -16,16 +16,16 @@ mod proof;
 mod report;
 mod search;
 mod source;
+#[path = "../common/terminal.rs"]
+mod terminal;
 mod timeline;
 mod word;
 
 use clap::{Parser, Subcommand};
 use index::MAX_WORKERS;
 use std::{io, process::ExitCode, time::Duration};
-use tokio::{
-    runtime::Runtime,
-    signal::unix::{SignalKind, signal},
-};
+use terminal::interrupted;
+use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
 
 /// Builds a word index over this machine's files in one region, queries it at full speed, and moves it while it is queried.
@@ -89,7 +89,7 @@ fn main() -> ExitCode {
             Some(Role::Destination) => destination::run().await,
             None => tokio::select! {
                 code = run_source(&args) => code,
-                code = interrupted() => code,
+                code = interrupted("live_migration", "the destination") => code,
             },
         }
     });
@@ -109,21 +109,4 @@ async fn run_source(args: &Args) -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// The exit code that says which signal it was, as shells count them.
-async fn interrupted() -> ExitCode {
-    let wait = |kind: SignalKind| async move {
-        match signal(kind) {
-            Ok(mut signal) => signal.recv().await,
-            // Without a handler the signal ends the process by itself.
-            Err(_) => std::future::pending().await,
-        }
-    };
-    let (name, code) = tokio::select! {
-        _ = wait(SignalKind::interrupt()) => ("Ctrl-C", 130),
-        _ = wait(SignalKind::terminate()) => ("SIGTERM", 143),
-    };
-    eprintln!("live_migration: ended by {name}, and the destination with it");
-    ExitCode::from(code)
 }

@@ -8,6 +8,7 @@ use crate::{
     ledger::Totals,
     load::{Observed, Phase},
     messages::Outcome,
+    terminal::time,
     timeline::{SLOT, slot_of},
 };
 use indicatif::HumanCount;
@@ -197,20 +198,6 @@ fn percent(part: u64, whole: u64) -> String {
 #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "figures to be read")]
 fn rate(bytes: u64, time: Duration) -> String {
     if time.is_zero() { "no rate".to_owned() } else { format!("{}/s", mib((bytes as f64 / time.as_secs_f64()) as u64)) }
-}
-
-/// Three digits and the unit that fits.
-fn time(time: Duration) -> String {
-    let us = time.as_secs_f64() * 1e6;
-    let (value, unit) = if us < 1e3 {
-        (us, "us")
-    } else if us < 1e6 {
-        (us / 1e3, "ms")
-    } else {
-        (us / 1e6, "s")
-    };
-    let digits = if value < 10.0 { 2 } else { usize::from(value < 100.0) };
-    format!("{value:.digits$} {unit}")
 }
 
 #[cfg(test)]

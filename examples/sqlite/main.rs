@@ -12,6 +12,8 @@ mod process;
 mod proof;
 mod report;
 mod run;
+#[path = "../common/terminal.rs"]
+mod terminal;
 mod vfs;
 
 use clap::{Parser, Subcommand, ValueEnum};

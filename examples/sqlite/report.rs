@@ -7,6 +7,7 @@ use crate::{
     journal::Phase,
     messages::{Arrival, Departure},
     proof::Findings,
+    terminal::time,
 };
 use clap::ValueEnum;
 use indicatif::HumanCount;
@@ -137,18 +138,6 @@ fn count(number: impl TryInto<u64>) -> String {
 #[allow(clippy::cast_precision_loss, reason = "figures to be read")]
 fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
-}
-
-/// Three digits and the unit that fits.
-fn time(time: Duration) -> String {
-    let us = time.as_secs_f64() * 1e6;
-    let (value, unit) = match us {
-        us if us < 1e3 => (us, "us"),
-        us if us < 1e6 => (us / 1e3, "ms"),
-        us => (us / 1e6, "s"),
-    };
-    let digits = if value < 10.0 { 2 } else { usize::from(value < 100.0) };
-    format!("{value:.digits$} {unit}")
 }
 
 #[cfg(test)]

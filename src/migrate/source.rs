@@ -268,8 +268,9 @@ impl Source {
         !matches!(self.shared.state(), SourceState::Committed(_) | SourceState::Released(_))
     }
 
-    /// Calls off an attempt that has not committed: the program runs on here, and may be asked for again. Whether there was one.
+    /// Calls off an attempt that has not committed: the program runs on here, and may be asked for again. Whether there was one. Of an interrupted one, no account is kept any longer.
     pub async fn cancel(&self) -> bool {
+        drop(lock(&self.shared.parked).take());
         let Some(turn) = self.shared.state().turn() else { return false };
         *lock(&self.shared.cancelled) = Some(turn);
         let cancelled = self.shared.end(turn);

@@ -90,6 +90,30 @@ pub fn stamp_all(region: &Region) {
     words.chunks(PAGE_WORDS).enumerate().for_each(|(page, words)| words[STAMP_WORD].store(stamp(page), Relaxed));
 }
 
+/// Numbers that compress no better than they must: the same for every place.
+fn noise(word: usize) -> u64 {
+    let mixed = (word as u64 ^ 0x5DEE_CE66_D5DE_ECE6).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    (mixed ^ (mixed >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9)
+}
+
+/// Fills what neither threads nor stamps use with what does not compress: what travels is what the pages weigh.
+pub fn fill_with_noise(region: &Region) {
+    let words = region.atomics_u64(0, region.len() / 8).unwrap().iter().enumerate();
+    words
+        .filter(|(at, _)| (THREADS..STAMP_WORD).contains(&(at % PAGE_WORDS)))
+        .for_each(|(at, word)| word.store(noise(at), Relaxed));
+}
+
+/// Fails unless that is what is there.
+#[track_caller]
+pub fn check_noise(region: &Region) {
+    for (at, word) in region.atomics_u64(0, region.len() / 8).unwrap().iter().enumerate() {
+        if (THREADS..STAMP_WORD).contains(&(at % PAGE_WORDS)) {
+            assert_eq!(word.load(Relaxed), noise(at), "{}: page {}", region.name(), at / PAGE_WORDS);
+        }
+    }
+}
+
 /// A stamped region whose pages come from a store behind a gate, closed at first: what is read of it waits there until the test says so.
 pub fn gated(name: &str, pages: usize) -> (Region, Gated<MemoryStore>) {
     let store = Gated::new(MemoryStore::from_bytes(stamped_bytes(pages), PageSize::KIB_4));
