@@ -26,8 +26,8 @@ mod sys;
 
 pub use error::{NetError, RegionError, StoreError};
 pub use migrate::{
-    AtLimit, Departed, Destination, DestinationBuilder, Gate, GateThread, MoveError, MoveEvent, Moved, Pass, PauseError, Source,
-    SourceBuilder, Strategy,
+    AtLimit, Departed, Destination, DestinationBuilder, Gate, GateThread, MoveError, MoveEvent, Moved, Pass, PauseError, Point,
+    Source, SourceBuilder, Standby, StandbyOptions, Strategy,
 };
 pub use net::{
     Grant, Identity, IdentityError, Peer, PeerBuilder, PeerId, PeerIdError, RemoteStore, Server, ServerBuilder, TransportOptions,

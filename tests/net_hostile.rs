@@ -192,7 +192,7 @@ mod frames {
     #[tokio::test]
     async fn there_is_no_program_to_take_from_a_server_of_stores() {
         let stage = Stage::new().await;
-        assert_eq!(codes(&stage.client().await.say(&frame(TAKE, 0, &[&[7; 16][..], &[0; 16]].concat())).await), [Some(NO_SESSION)]);
+        assert_eq!(codes(&stage.client().await.say(&frame(TAKE, 0, &[&[7; 16][..], &[0; 24]].concat())).await), [Some(NO_SESSION)]);
         let client = stage.client().await;
         let region = client.open("world").await;
         assert_eq!(codes(&client.say(&feed(7, 2, region, 1 << 20)).await), [Some(NO_SESSION)]);

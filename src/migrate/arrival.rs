@@ -111,6 +111,7 @@ async fn attach(
                 }
             }
             Fed::Pages(_) => return Err(MoveError::Protocol("DATA came in the middle of LACKS".into())),
+            Fed::Mark(_) => return Err(MoveError::Protocol("MARK came, and nobody stands by".into())),
             Fed::End => return Err(MoveError::Protocol("END came before LACKS".into())),
         }
     }
@@ -133,6 +134,7 @@ async fn rest(feed: &mut FeedReader, region: &WeakRegion) -> Result<(), String> 
             }
             Fed::End => return region.settled().await.map_err(|error| error.to_string()),
             Fed::Lacks { .. } => return Err("LACKS came twice".into()),
+            Fed::Mark(_) => return Err("MARK came after LACKS".into()),
         }
     }
 }

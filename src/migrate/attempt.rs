@@ -60,37 +60,49 @@ impl Extension for Shared {
             self.feeds.send_modify(|feeds| feeds.push(feed));
         }
     }
+
+    fn depose(&self, peer: PeerId, session: SessionId, epoch: u64) -> Frame {
+        let (code, message) = if !self.peers.contains(&peer) {
+            (ErrorCode::NotGranted, "this peer was not granted the program")
+        } else if let SourceAction::StopAndSayDeposed(turn) = self.decide(SourceEvent::Depose(Turn { session, epoch })) {
+            self.deposed(turn);
+            return Frame::Deposed { session, epoch };
+        } else {
+            (ErrorCode::NotOwner, "it does not stand by for this program, or another has it")
+        };
+        Frame::Abort { session, epoch, code, message: Message::cut(message) }
+    }
 }
 
 /// One TAKE stream.
-struct Attempt {
-    shared: Arc<Shared>,
+pub(super) struct Attempt {
+    pub(super) shared: Arc<Shared>,
     peer: PeerId,
     session: SessionId,
-    strategy: Strategy,
+    pub(super) strategy: Strategy,
     /// The attempt for which the destination mapped its regions: it has what came in that one and since.
     mapped_since: u64,
-    writer: FrameWriter,
-    reader: FrameReader,
+    pub(super) writer: FrameWriter,
+    pub(super) reader: FrameReader,
     turn: Option<Turn>,
     /// While it has `copy`.
     copying: Option<OwnedMutexGuard<()>>,
     /// From MAPPED to the commit, and whether what is owed is to be sent in the pause.
-    copy: Option<(Copy, bool)>,
+    pub(super) copy: Option<(Copy, bool)>,
     /// While the program is paused by this attempt.
-    pause: Option<OwnedMutexGuard<()>>,
+    pub(super) pause: Option<OwnedMutexGuard<()>>,
     /// When this step is given up.
-    deadline: Option<Instant>,
+    pub(super) deadline: Option<Instant>,
 }
 
 /// For how long a step may go on: until its deadline, and while nobody else has ended the attempt.
-struct Bound {
+pub(super) struct Bound {
     deadline: Option<Instant>,
     attempt: Option<(watch::Receiver<SourceHandover>, Turn)>,
 }
 
 impl Bound {
-    async fn wait<T>(self, work: impl Future<Output = T>) -> Result<T, End> {
+    pub(super) async fn wait<T>(self, work: impl Future<Output = T>) -> Result<T, End> {
         let Bound { deadline, attempt } = self;
         let ended = async {
             let Some((mut handover, turn)) = attempt else { return pending().await };
@@ -112,7 +124,7 @@ impl Bound {
 }
 
 /// Why a stream is over.
-enum End {
+pub(super) enum End {
     Orderly,
     /// The connection is lost; the destination may come back.
     Lost(String),
@@ -141,7 +153,7 @@ impl From<CopyError> for End {
 }
 
 /// How often the destination is told how far copying is.
-const PROGRESS: Duration = Duration::from_millis(100);
+pub(super) const PROGRESS: Duration = Duration::from_millis(100);
 
 impl Attempt {
     async fn run(mut self) {
@@ -179,7 +191,9 @@ impl Attempt {
         }
         if matches!(end, End::Failed(_) | End::CalledOff) {
             let reason = reason.to_owned();
-            let _ = tokio::time::timeout(LAST_WORD_LIMIT, self.abort(ErrorCode::Aborted, &reason)).await;
+            let for_good = matches!(end, End::CalledOff) && !comes_back;
+            let code = if for_good { ErrorCode::CalledOff } else { ErrorCode::Aborted };
+            let _ = tokio::time::timeout(LAST_WORD_LIMIT, self.abort(code, &reason)).await;
         }
         self.writer.finish();
         // The destination closes the stream once it has read the last word.
@@ -211,8 +225,8 @@ impl Attempt {
     /// What follows by itself, if anything does.
     async fn carry_out(&mut self, action: SourceAction) -> Result<Option<SourceEvent>, End> {
         match action {
-            // `Resume` answers a failure, which is not decided here.
-            SourceAction::Ignore | SourceAction::Resume => {}
+            // `Resume` answers a failure, `StopAndSayDeposed` a stream of its own: neither is decided here.
+            SourceAction::Ignore | SourceAction::Resume | SourceAction::StopAndSayDeposed(_) => {}
             SourceAction::SendOffer(turn) => self.offer(turn).await?,
             SourceAction::Copy(turn) => {
                 self.copy(turn).await?;
@@ -306,7 +320,11 @@ impl Attempt {
         // From here on it takes as long as the strategy says. The destination hears of it meanwhile.
         self.deadline = None;
         let bound = self.bound();
-        bound.wait(self.copy_until_handover(turn)).await?
+        if self.strategy.behind().is_some() {
+            bound.wait(self.stand(turn)).await?
+        } else {
+            bound.wait(self.copy_until_handover(turn)).await?
+        }
     }
 
     async fn copy_until_handover(&mut self, turn: Turn) -> Result<(), End> {
@@ -350,7 +368,8 @@ impl Attempt {
         }
     }
 
-    async fn pause_and_prepare(&mut self, turn: Turn) -> Result<(), End> {
+    /// Pauses the program, which is this attempt's to let go from then on.
+    pub(super) async fn pause(&mut self) -> Result<(), End> {
         let limit = self.shared.pause_limit;
         self.deadline = Some(Instant::now() + limit);
         let alone = self.bound().wait(self.shared.pausing.clone().lock_owned());
@@ -366,10 +385,21 @@ impl Attempt {
             let _ = pause.await;
         }
         let paused = paused?.map_err(|error| End::Failed(format!("pausing the program: {error}")))?;
-        paused.map_err(|error| End::Failed(error.to_string()))?;
-        self.shared.times().paused = Some(Instant::now());
+        paused.map_err(|error| End::Failed(error.to_string()))
+    }
+
+    /// The program's state, while it is paused.
+    pub(super) fn state(&self) -> impl Future<Output = Result<Bytes, End>> + Send + use<> {
         let state_of = self.shared.state.clone();
         let state = tokio::task::spawn_blocking(move || Bytes::from(state_of()));
+        async move { state.await.map_err(|_| End::Failed("the program's state function panicked".into())) }
+    }
+
+    async fn pause_and_prepare(&mut self, turn: Turn) -> Result<(), End> {
+        self.pause().await?;
+        self.shared.times().paused = Some(Instant::now());
+        self.shared.tell(MoveEvent::Paused);
+        let state = self.state();
         let bound = self.bound();
         let last = async {
             match &mut self.copy {
@@ -379,18 +409,18 @@ impl Attempt {
         };
         let (state, said) = bound.wait(async { tokio::join!(state, last) }).await?;
         said?;
-        let state = state.map_err(|_| End::Failed("the program's state function panicked".into()))?;
-        let too_large =
-            |_| End::Failed(format!("the program's state has {} bytes, at most {MAX_STATE_BYTES} can move", state.len()));
-        let state_bytes = StateLength::new(state.len() as u64).map_err(too_large)?;
+        let state = state?;
+        let state_bytes = length_of(&state)?;
         self.send(&Frame::Prepare { session: turn.session, epoch: turn.epoch, state_bytes }).await?;
-        let mut rest = state;
+        self.send_state(state).await
+    }
+
+    pub(super) async fn send_state(&mut self, mut rest: Bytes) -> Result<(), End> {
         while !rest.is_empty() {
             let piece = rest.split_to(rest.len().min(MAX_STATE_PIECE_BYTES as usize));
             let bytes = StatePiece::new(piece).map_err(StreamError::from)?;
             self.send(&Frame::State { bytes }).await?;
         }
-        self.shared.tell(MoveEvent::Paused);
         Ok(())
     }
 
@@ -423,12 +453,12 @@ impl Attempt {
         Ok(Some(event))
     }
 
-    fn bound(&self) -> Bound {
+    pub(super) fn bound(&self) -> Bound {
         let attempt = self.turn.map(|turn| (self.shared.handover.subscribe(), turn));
         Bound { deadline: self.deadline, attempt }
     }
 
-    async fn send(&mut self, frame: &Frame) -> Result<(), End> {
+    pub(super) async fn send(&mut self, frame: &Frame) -> Result<(), End> {
         Ok(self.bound().wait(self.writer.send(frame)).await??)
     }
 
@@ -436,6 +466,12 @@ impl Attempt {
         let (session, epoch) = (self.session, self.turn.map_or(0, |turn| turn.epoch));
         self.writer.send(&Frame::Abort { session, epoch, code, message: Message::cut(message) }).await
     }
+}
+
+pub(super) fn length_of(state: &Bytes) -> Result<StateLength, End> {
+    let bytes = state.len();
+    let too_large = |_| End::Failed(format!("the program's state has {bytes} bytes, at most {MAX_STATE_BYTES} can move"));
+    StateLength::new(bytes as u64).map_err(too_large)
 }
 
 /// How long a last word may take; nothing depends on its arrival.

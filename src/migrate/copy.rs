@@ -8,6 +8,7 @@ use super::{
     attempt::RunsOn,
     gate::Gate,
     owed::{Owed, Tick},
+    points::Points,
     rounds::{Look, Rounds, Verdict},
     shared::Shared,
     strategy::Strategy,
@@ -25,12 +26,14 @@ use tokio::sync::OwnedMutexGuard;
 
 /// See the module header.
 pub(super) struct Copy {
-    parts: Vec<Part>,
-    feeds: Vec<Feed>,
+    pub(super) parts: Vec<Part>,
+    pub(super) feeds: Vec<Feed>,
     /// The attempt in which all was owed.
     began: u64,
-    tick: Tick,
-    rounds: Rounds,
+    pub(super) tick: Tick,
+    pub(super) rounds: Rounds,
+    /// If the destination is a standby.
+    pub(super) points: Option<Points>,
     dirtied_bytes: u64,
     start: Instant,
     /// For how long something was on the way, up to when.
@@ -40,11 +43,11 @@ pub(super) struct Copy {
     gate: Gate,
     pause_limit: Duration,
     pace: Pace,
-    throttle: Throttled,
+    pub(super) throttle: Throttled,
 }
 
 /// Tells the program how fast it may write, and in the end that it may do as it likes.
-struct Throttled {
+pub(super) struct Throttled {
     hook: Option<Throttle>,
     speed: f64,
 }
@@ -53,7 +56,7 @@ struct Throttled {
 pub(super) type Throttle = Arc<dyn Fn(f64) + Send + Sync>;
 
 impl Throttled {
-    fn set(&mut self, speed: f64) {
+    pub(super) fn set(&mut self, speed: f64) {
         if speed.to_bits() != self.speed.to_bits() {
             self.speed = speed;
             if let Some(hook) = &self.hook {
@@ -69,17 +72,17 @@ impl Drop for Throttled {
     }
 }
 
-struct Part {
+pub(super) struct Part {
     /// `None` if the program's writes while it runs do not matter: nothing is sent before it pauses.
-    followed: Option<Arc<Followed>>,
-    owed: Owed,
+    pub(super) followed: Option<Arc<Followed>>,
+    pub(super) owed: Owed,
     page: PageSize,
     /// Sent, and not yet said to be in place: by how many bytes had been sent on the feed then.
-    unacknowledged: VecDeque<(u64, Vec<Extent>)>,
+    pub(super) unacknowledged: VecDeque<(u64, Vec<Extent>)>,
 }
 
 /// A region has one follower at a time, so the next waits until the last task that uses this one has let go.
-struct Followed {
+pub(super) struct Followed {
     tracking: Tracking,
     _alone: Arc<Alone>,
 }
@@ -92,6 +95,7 @@ pub(super) struct Parked {
     parts: Vec<Part>,
     began: u64,
     tick: Tick,
+    points: Option<Points>,
     since: Instant,
 }
 
@@ -168,18 +172,20 @@ impl Copy {
             let owed = Owed::all(region.extent(), FIRST);
             parts.push(Part { followed, owed, page: region.page_size(), unacknowledged: VecDeque::new() });
         }
-        Ok(Copy::go_on(&shared, strategy, feeds, Parked { parts, began, tick: FIRST, since: Instant::now() }))
+        let points = strategy.behind().map(|behind| Points::new(behind, FIRST));
+        Ok(Copy::go_on(&shared, strategy, feeds, Parked { parts, began, tick: FIRST, points, since: Instant::now() }))
     }
 
     /// What was owed when the connection broke still is, and what the program has written since.
     pub(super) fn go_on(shared: &Shared, strategy: Strategy, feeds: Vec<Feed>, parked: Parked) -> Copy {
-        let Parked { parts, began, tick, .. } = parked;
+        let Parked { parts, began, tick, points, .. } = parked;
         Copy {
             parts,
             feeds,
             began,
             tick,
             rounds: Rounds::new(strategy, tick),
+            points: points.map(|points| points.go_on(tick)),
             dirtied_bytes: 0,
             start: Instant::now(),
             busy: Duration::ZERO,
@@ -199,14 +205,14 @@ impl Copy {
 
     /// The connection broke. The program runs on, and what it writes is followed.
     pub(super) fn park(self) -> Parked {
-        let Copy { mut parts, feeds, began, tick, .. } = self;
+        let Copy { mut parts, feeds, began, tick, points, .. } = self;
         for (part, feed) in parts.iter_mut().zip(&feeds) {
             part.acknowledge(feed);
             for (_, extents) in std::mem::take(&mut part.unacknowledged) {
                 part.owed.wrote(tick, &extents);
             }
         }
-        Parked { parts, began, tick, since: Instant::now() }
+        Parked { parts, began, tick, points, since: Instant::now() }
     }
 
     /// Looks once, and sends a little while it asks the trackers.
@@ -217,17 +223,35 @@ impl Copy {
             return Ok(verdict);
         }
         self.throttle.set(self.rounds.speed());
+        self.send_some().await?;
+        Ok(Verdict::GoOn)
+    }
+
+    /// Sends a little, and asks the trackers.
+    pub(super) async fn send_some(&mut self) -> Result<(), CopyError> {
         let batch = self.batch(true);
         let gates = (self.gate.clone(), self.pause_limit);
-        let followed: Vec<Option<Arc<Followed>>> = self.parts.iter().map(|part| part.followed.clone()).collect();
+        let followed = self.followed();
         // Side by side: what is written is owed again, whether it was sent before or after that.
         let (sent, taken) = tokio::join!(self.send(batch), take_running(followed, gates));
         sent?;
         self.owe(taken?);
-        Ok(Verdict::GoOn)
+        Ok(())
     }
 
-    fn look(&mut self, finalize: bool) -> Look {
+    /// Asks the trackers after a while.
+    pub(super) async fn wait(&mut self, time: Duration) -> Result<(), CopyError> {
+        tokio::time::sleep(time).await;
+        let taken = take_running(self.followed(), (self.gate.clone(), self.pause_limit)).await?;
+        self.owe(taken);
+        Ok(())
+    }
+
+    fn followed(&self) -> Vec<Option<Arc<Followed>>> {
+        self.parts.iter().map(|part| part.followed.clone()).collect()
+    }
+
+    pub(super) fn look(&mut self, finalize: bool) -> Look {
         self.parts.iter_mut().zip(&self.feeds).for_each(|(part, feed)| part.acknowledge(feed));
         let counted = self.feeds.iter().map(Feed::sent_and_used_bytes);
         let (sent, used) = counted.fold((0, 0), |(sent, used), more| (sent + more.0, used + more.1));
@@ -254,6 +278,11 @@ impl Copy {
 
     fn owed_bytes(&self) -> u64 {
         self.parts.iter().map(|part| part.page.offset_of(part.owed.pages())).sum()
+    }
+
+    /// Since the beginning of the copying.
+    pub(super) fn at(&self) -> Duration {
+        self.start.elapsed()
     }
 
     pub(super) fn progress(&self) -> Copying {
@@ -331,13 +360,11 @@ impl Copy {
 
     /// The program is paused: finds out what it wrote last, sends it if that is wanted, and says what the destination lacks.
     pub(super) async fn last(&mut self, copy_rest: bool) -> Result<(), CopyError> {
-        let followed: Vec<_> = self.parts.iter().map(|part| part.followed.clone()).collect();
-        if followed.iter().all(Option::is_none) {
+        if self.parts.iter().all(|part| part.followed.is_none()) {
             // It was said already: everything.
             return Ok(());
         }
-        let taken = tokio::task::spawn_blocking(move || take(&followed, Program::Paused)).await.map_err(panicked)??;
-        self.owe(taken);
+        self.take_of_paused().await?;
         for at in 0..self.parts.len() {
             if copy_rest {
                 let rest = self.parts[at].owed.take(u64::MAX, true);
@@ -345,6 +372,14 @@ impl Copy {
             }
         }
         self.say_lacking().await
+    }
+
+    /// The program is paused: what it wrote last is owed.
+    pub(super) async fn take_of_paused(&mut self) -> Result<(), CopyError> {
+        let followed = self.followed();
+        let taken = tokio::task::spawn_blocking(move || take(&followed, Program::Paused)).await.map_err(panicked)??;
+        self.owe(taken);
+        Ok(())
     }
 
     async fn say_lacking(&mut self) -> Result<(), CopyError> {
@@ -368,6 +403,10 @@ impl Copy {
 }
 
 impl Part {
+    pub(super) fn bytes_of(&self, extents: &[Extent]) -> u64 {
+        extents.iter().map(|extent| extent.bytes(self.page)).sum()
+    }
+
     /// Forgets what the other end has in place.
     fn acknowledge(&mut self, feed: &Feed) {
         let (_, used) = feed.sent_and_used_bytes();

@@ -4,6 +4,7 @@
 
 use super::{
     MoveError, MoveEvent, Strategy,
+    handover::SessionId,
     taking::{Means, Taking},
 };
 use crate::{FaultAround, Identity, LossPolicy, Pager, PagerOptions, Peer, PeerId, Region, TransportOptions, Trust};
@@ -29,11 +30,11 @@ use tokio::sync::{broadcast, watch};
 #[derive(Debug)]
 pub struct Destination {
     peer: Peer,
-    pager: Pager,
+    pub(super) pager: Pager,
     loss: LossPolicy,
     fault_around: Option<FaultAround>,
     step_limit: Duration,
-    decision_limit: Duration,
+    pub(super) decision_limit: Duration,
 }
 
 /// See [`Destination::builder`].
@@ -142,20 +143,27 @@ impl Destination {
     /// [`MoveError::Aborted`] and [`MoveError::Lost`]: the program runs on at the source. [`MoveError::Region`]: a region cannot be mapped here, for instance because its
     /// fixed address is taken; the program runs on at the source. [`MoveError::Unknown`]: see there.
     pub async fn take(&self, strategy: Strategy) -> Result<Moved, MoveError> {
+        let taking = Taking::new(self.means(), Destination::new_session()?, strategy);
+        // On the service: the stream's tasks, and the pull after it, must not depend on threads that may fault (S2).
+        self.pager.service().spawn(taking.run()).await.map_err(|_| MoveError::Closed)?
+    }
+
+    pub(super) fn new_session() -> Result<SessionId, MoveError> {
         let mut session = [0; 16];
         let random = ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut session);
         random.map_err(|_| MoveError::Protocol("the operating system gives no random numbers".into()))?;
-        let means = Means {
+        Ok(u128::from_le_bytes(session))
+    }
+
+    pub(super) fn means(&self) -> Means {
+        Means {
             peer: self.peer.clone(),
             pager: self.pager.clone(),
             loss: self.loss.clone(),
             fault_around: self.fault_around,
             step_limit: self.step_limit,
             decision_limit: self.decision_limit,
-        };
-        let taking = Taking::new(means, u128::from_le_bytes(session), strategy);
-        // On the service: the stream's tasks, and the pull after it, must not depend on threads that may fault (S2).
-        self.pager.service().spawn(taking.run()).await.map_err(|_| MoveError::Closed)?
+        }
     }
 }
 

@@ -174,8 +174,8 @@ impl Gate {
         self.signal(RUN);
     }
 
-    /// Tells all threads that the program runs elsewhere.
-    pub(crate) fn stop(&self) {
+    /// Tells all threads to leave, for good: the program runs elsewhere, or shall end. [`Source`](super::Source) calls it when the program has moved.
+    pub fn stop(&self) {
         self.signal(STOP);
     }
 

@@ -32,6 +32,8 @@ pub(crate) enum SourceState {
     Committed(Turn),
     /// The destination has all its pages.
     Released(Turn),
+    /// A standby took it over by its caller's word, without the source's.
+    Deposed(Turn),
 }
 
 impl SourceState {
@@ -43,7 +45,8 @@ impl SourceState {
             | SourceState::Copying(turn)
             | SourceState::Paused(turn)
             | SourceState::Committed(turn)
-            | SourceState::Released(turn) => Some(turn),
+            | SourceState::Released(turn)
+            | SourceState::Deposed(turn) => Some(turn),
         }
     }
 }
@@ -54,6 +57,8 @@ pub(crate) enum SourceEvent {
     Take(SessionId),
     /// MAPPED.
     Mapped(Turn),
+    /// Its destination is a standby, which may take over without a word of the source's.
+    StandsBy(Turn),
     /// Enough of its pages were copied, or none are to be.
     Copied(Turn),
     /// READY.
@@ -62,6 +67,8 @@ pub(crate) enum SourceEvent {
     Complete(Turn),
     /// The attempt's stream ended, ABORT came, a time limit passed, the pause failed, or the program's owner cancelled.
     Failed(Turn),
+    /// DEPOSE.
+    Depose(Turn),
 }
 
 /// What the source does about it.
@@ -86,6 +93,8 @@ pub(crate) enum SourceAction {
     Release(Turn),
     /// Send RELEASED again. The regions are no longer this migration's: their memory may have found another use.
     ReleasedAgain(Turn),
+    /// Tell the program to stop for good, if it runs, then send DEPOSED.
+    StopAndSayDeposed(Turn),
     /// Send ABORT: another attempt has the program, or is about to.
     Refuse,
 }
@@ -95,12 +104,23 @@ pub(crate) enum SourceAction {
 pub(crate) struct SourceHandover {
     state: SourceState,
     epoch: u64,
+    /// Sessions whose destinations may take over, the latest last.
+    standbys: Vec<SessionId>,
+}
+
+/// Standbys that are remembered.
+const STANDBYS_MAX: usize = 64;
+
+/// The number of an owner that took over without the source's word: above that of any attempt of the source's since, of which there are fewer than this has room for.
+fn raised(epoch: u64) -> u64 {
+    const ATTEMPTS: u64 = 1 << 32;
+    (epoch / ATTEMPTS).saturating_add(1).saturating_mul(ATTEMPTS)
 }
 
 impl SourceHandover {
     /// The program runs here, as the owner numbered `epoch`.
     pub(crate) fn new(epoch: u64) -> SourceHandover {
-        SourceHandover { state: SourceState::Running, epoch }
+        SourceHandover { state: SourceState::Running, epoch, standbys: Vec::new() }
     }
 
     pub(crate) fn state(&self) -> SourceState {
@@ -112,12 +132,20 @@ impl SourceHandover {
         Turn { session, epoch: self.epoch }
     }
 
+    fn remember(&mut self, session: SessionId) {
+        self.standbys.retain(|known| *known != session);
+        if self.standbys.len() >= STANDBYS_MAX {
+            self.standbys.remove(0);
+        }
+        self.standbys.push(session);
+    }
+
     pub(crate) fn on(&mut self, event: SourceEvent) -> SourceAction {
         use SourceAction::{
             CommitAgain, Copy, Ignore, PauseAndPrepare, Refuse, Release, ReleasedAgain, Resume, ResumeAndOffer, SendOffer,
-            StopAndCommit,
+            StopAndCommit, StopAndSayDeposed,
         };
-        use SourceState::{Committed, Copying, Offered, Paused, Released, Running};
+        use SourceState::{Committed, Copying, Deposed, Offered, Paused, Released, Running};
         let (state, action) = match (self.state, event) {
             (Running, SourceEvent::Take(session)) => {
                 let turn = self.next(session);
@@ -136,6 +164,22 @@ impl SourceHandover {
                 (self.state, CommitAgain(turn))
             }
             (_, SourceEvent::Take(_)) => (self.state, Refuse),
+
+            (Copying(turn), SourceEvent::StandsBy(of)) if turn == of => {
+                self.remember(turn.session);
+                (self.state, Ignore)
+            }
+            (_, SourceEvent::StandsBy(_)) => (self.state, Ignore),
+
+            (Deposed(turn), SourceEvent::Depose(by)) if turn == by => (self.state, StopAndSayDeposed(by)),
+            // What was committed to somebody else is not the standby's to take.
+            (Committed(turn) | Released(turn), SourceEvent::Depose(by)) if turn.session != by.session => (self.state, Refuse),
+            (Deposed(_), SourceEvent::Depose(_)) => (self.state, Refuse),
+            (_, SourceEvent::Depose(by)) if by.epoch > self.epoch && self.standbys.contains(&by.session) => {
+                self.epoch = by.epoch;
+                (Deposed(by), StopAndSayDeposed(by))
+            }
+            (_, SourceEvent::Depose(_)) => (self.state, Refuse),
 
             (Offered(turn), SourceEvent::Mapped(of)) if turn == of => (Copying(turn), Copy(turn)),
             (Copying(turn) | Paused(turn), SourceEvent::Mapped(of)) if turn == of => (self.state, Ignore),
@@ -174,6 +218,8 @@ pub(crate) enum DestinationState {
     Owner,
     /// And all its pages are here.
     Complete,
+    /// A standby has taken it over without the source's word.
+    TookOver,
     /// It never will.
     Failed,
 }
@@ -196,6 +242,8 @@ pub(crate) enum DestinationEvent {
     Lost,
     /// The time for the source's answer is over.
     TimedOut,
+    /// The caller of a standby that holds a point says that the source is lost.
+    TakeOver,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -211,6 +259,8 @@ pub(crate) enum DestinationAction {
     Finish,
     /// Connect again and send TAKE with the same session.
     AskAgain,
+    /// The program is here as it was at the last point: let it run, and tell the source, if it ever comes back, with the epoch that is now this end's.
+    RunAndDepose,
     /// Drop the regions and report.
     GiveUp,
 }
@@ -237,9 +287,9 @@ impl DestinationHandover {
     }
 
     pub(crate) fn on(&mut self, event: DestinationEvent) -> DestinationAction {
-        use DestinationAction::{AskAgain, Finish, GiveUp, Ignore, MapAndSayMapped, Run, SendComplete, SendReady};
-        use DestinationEvent::{Abort, AllHere, Commit, Lost, Offer, Prepared, Released, TimedOut};
-        use DestinationState::{Asked, Complete, Failed, Mapped, Owner, Ready};
+        use DestinationAction::{AskAgain, Finish, GiveUp, Ignore, MapAndSayMapped, Run, RunAndDepose, SendComplete, SendReady};
+        use DestinationEvent::{Abort, AllHere, Commit, Lost, Offer, Prepared, Released, TakeOver, TimedOut};
+        use DestinationState::{Asked, Complete, Failed, Mapped, Owner, Ready, TookOver};
         let own = self.epoch;
         let (state, action) = match (self.state, event) {
             // The next attempt: the one before, if there was one, is over and has not committed.
@@ -251,6 +301,10 @@ impl DestinationHandover {
             (Ready, Commit { epoch }) if epoch == own => (Owner, Run),
             // COMMIT again answers a TAKE that asked again: the source listens.
             (Complete, Commit { epoch }) if epoch == own => (Complete, SendComplete),
+            (Asked | Mapped | Ready | Failed, TakeOver) if own > 0 => {
+                self.epoch = raised(own);
+                (TookOver, RunAndDepose)
+            }
             (Owner, AllHere) => (Complete, SendComplete),
             (Complete, Released { epoch }) if epoch == own => (Complete, Finish),
             // Nothing was promised yet: the program runs at the source. What has come of it is of use when it is asked for again.

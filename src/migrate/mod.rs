@@ -8,12 +8,17 @@ mod arrival;
 mod attempt;
 mod copy;
 mod destination;
+mod follow;
 mod gate;
 mod handover;
+mod image;
 mod owed;
+mod points;
 mod rounds;
 mod shared;
 mod source;
+mod stand;
+mod standby;
 mod strategy;
 mod taking;
 
@@ -24,7 +29,8 @@ use thiserror::Error;
 pub use destination::{Destination, DestinationBuilder, Moved};
 pub use gate::{Gate, GateThread, Pass, PauseError};
 pub use source::{Departed, Source, SourceBuilder};
-pub use strategy::{AtLimit, Strategy};
+pub use standby::{Point, Standby};
+pub use strategy::{AtLimit, StandbyOptions, Strategy};
 
 /// Something that happened in a migration, at the end that reports it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,8 +54,34 @@ pub enum MoveEvent {
         /// How long the program would pause if it moved now; unknown before enough has been sent.
         predicted_downtime: Option<Duration>,
     },
-    /// The program is paused.
+    /// The program is paused, to move.
     Paused,
+    /// The program stood still for a point of its standby and runs on; what it had written is on the way.
+    Point {
+        /// Which point, from 1. Begins anew when the source has lost its account of the standby, as after its reconnect limit.
+        number: u64,
+        /// How long the program stood.
+        paused: Duration,
+        /// Of pages that were copied aside meanwhile.
+        bytes: u64,
+    },
+    /// The standby has a point, whole: it could go on from there.
+    Kept {
+        /// Which point, as the end that reports it counts.
+        number: u64,
+        /// How far it was behind at that moment.
+        behind: Duration,
+    },
+    /// No point could be made; the next one is tried in its time.
+    PointMissed {
+        /// Why.
+        reason: String,
+    },
+    /// A standby has taken over without this source, whose program is to run no more.
+    Deposed {
+        /// The new owner's number.
+        epoch: u64,
+    },
     /// The program belongs to the destination.
     Committed {
         /// Its number as the owner.
@@ -118,6 +150,13 @@ pub enum MoveError {
         waited: Duration,
         /// What was met last.
         reason: String,
+    },
+    /// A standby took the program over by its caller's word, as if this end were lost. The memory here stays as it was when the program was stopped: what was written after the
+    /// standby's last point is in it alone.
+    #[error("a standby has taken the program over as owner {epoch}; it must not run here")]
+    TakenOver {
+        /// The new owner's number.
+        epoch: u64,
     },
     /// The state is larger than the protocol carries.
     #[error("the program's state has {state_bytes} bytes, at most {max_bytes} can move; keep large state in regions")]

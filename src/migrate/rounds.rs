@@ -85,7 +85,7 @@ pub(super) struct Rounds {
 }
 
 /// A program is not asked to be slower than this: then it had better stand still, for a shorter time.
-const SPEED_MIN: f64 = 1.0 / 16.0;
+pub(super) const SPEED_MIN: f64 = 1.0 / 16.0;
 
 impl Rounds {
     /// `tick` is that of the pages which are owed from the beginning.
@@ -125,13 +125,15 @@ impl Rounds {
         let handover = look.round_trip * 3 / 2;
         let copying = self.time_to_send(look.owed_bytes).saturating_add(handover);
         self.predicted = if self.strategy.kind == MoveKind::PreCopy { copying } else { handover };
-        if look.finalize {
+        if look.finalize && self.strategy.kind != MoveKind::Standby {
             return Verdict::HandOver { copy_rest: copying <= self.strategy.downtime_limit };
         }
         let pre_copy = match self.strategy.kind {
             MoveKind::PostCopy => return Verdict::HandOver { copy_rest: false },
             MoveKind::PreCopy => true,
             MoveKind::Hybrid => false,
+            // When it gets a point is decided elsewhere.
+            MoveKind::Standby => return Verdict::GoOn,
         };
         if let Some(limit) = self.strategy.time_limit
             && look.at >= limit
@@ -177,7 +179,8 @@ impl Rounds {
         }
     }
 
-    fn time_to_send(&self, bytes: u64) -> Duration {
+    /// At the bandwidth that was measured.
+    pub(super) fn time_to_send(&self, bytes: u64) -> Duration {
         // Whoever has sent a round and nothing that weighed anything has zeros alone.
         if bytes == 0 || self.bandwidth.bytes_s.is_none() && self.round > 1 {
             return Duration::ZERO;

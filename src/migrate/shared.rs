@@ -4,7 +4,7 @@
 //! nothing waits; what a destination lacks is kept for its session alone, and for a while only.
 
 use super::{
-    MoveEvent,
+    MoveError, MoveEvent,
     copy::{Parked, Throttle},
     gate::Gate,
     handover::{SessionId, SourceAction, SourceEvent, SourceHandover, SourceState, Turn},
@@ -58,7 +58,7 @@ pub(super) struct Shared {
     pub(super) service: Service,
     pub(super) events: broadcast::Sender<MoveEvent>,
     pub(super) times: Mutex<Times>,
-    pub(super) departed: watch::Sender<Option<Departed>>,
+    pub(super) departed: watch::Sender<Option<Result<Departed, MoveError>>>,
 }
 
 impl std::fmt::Debug for Shared {
@@ -160,12 +160,23 @@ impl Shared {
         }
     }
 
+    /// A standby has taken the program over. What was written here since its last point stays, for whoever wants to look at it.
+    pub(super) fn deposed(&self, turn: Turn) {
+        self.gate.stop();
+        drop(lock(&self.parked).take());
+        let taken_over = MoveError::TakenOver { epoch: turn.epoch };
+        let first = self.departed.send_if_modified(|departed| departed.replace(Err(taken_over)).is_none());
+        if first {
+            self.tell(MoveEvent::Deposed { epoch: turn.epoch });
+        }
+    }
+
     pub(super) fn depart(&self, turn: Turn, peer: PeerId) {
         let times = self.times();
         let downtime = times.paused.zip(times.resumed).map_or(Duration::ZERO, |(paused, resumed)| resumed - paused);
         let total = times.asked.map_or(Duration::ZERO, |(_, asked)| asked.elapsed());
         drop(times);
-        self.departed.send_replace(Some(Departed { peer, epoch: turn.epoch, downtime, total }));
+        self.departed.send_replace(Some(Ok(Departed { peer, epoch: turn.epoch, downtime, total })));
         self.tell(MoveEvent::Released);
     }
 }

@@ -265,7 +265,7 @@ impl Source {
     /// Whether the program still belongs to this end. Once false it never becomes true again.
     #[must_use]
     pub fn owns(&self) -> bool {
-        !matches!(self.shared.state(), SourceState::Committed(_) | SourceState::Released(_))
+        !matches!(self.shared.state(), SourceState::Committed(_) | SourceState::Released(_) | SourceState::Deposed(_))
     }
 
     /// Calls off an attempt that has not committed: the program runs on here, and may be asked for again. Whether there was one. Of an interrupted one, no account is kept any longer.
@@ -282,7 +282,7 @@ impl Source {
         cancelled
     }
 
-    /// Ends the copying of an attempt that is going on, whatever its strategy waits for: the program moves now. What is owed is sent within the pause if that fits the downtime limit of
+    /// Ends the copying of an attempt that is going on, whatever its strategy waits for: the program moves now, to a standby too. What is owed is sent within the pause if that fits the downtime limit of
     /// the strategy, and follows the program otherwise. Whether there was one that copies.
     pub fn finalize(&self) -> bool {
         match self.shared.state() {
@@ -299,11 +299,11 @@ impl Source {
     /// Cancellation: dropping the future changes nothing.
     ///
     /// # Errors
-    /// [`MoveError::Closed`] if the source is shut down first.
+    /// [`MoveError::TakenOver`] if a standby took the program over without the source; [`MoveError::Closed`] if the source is shut down first.
     pub async fn departed(&self) -> Result<Departed, MoveError> {
         let mut departed = self.shared.departed.subscribe();
         let departed = departed.wait_for(Option::is_some).await.map_err(|_| MoveError::Closed)?;
-        departed.clone().ok_or(MoveError::Closed)
+        departed.clone().unwrap_or(Err(MoveError::Closed))
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Role: the options of a move. Neighbours: the destination sends them with its TAKE; `rounds` decides by them at the source. Invariants: every limit has a unit and a default.
 
+use super::points::Behind;
 use crate::net::wire::{self, MoveKind, Plan};
 use std::time::Duration;
 
@@ -21,6 +22,8 @@ pub struct Strategy {
     pub(super) round_limit: u16,
     pub(super) time_limit: Option<Duration>,
     pub(super) at_limit: AtLimit,
+    /// Of a standby.
+    pub(super) behind_bytes: Option<u64>,
 }
 
 /// What happens when copying has reached a limit and the program has not moved yet.
@@ -65,6 +68,7 @@ impl Strategy {
             round_limit: 10,
             time_limit: None,
             at_limit: AtLimit::Cancel,
+            behind_bytes: None,
         }
     }
 
@@ -103,6 +107,51 @@ impl Strategy {
     pub(super) fn copies_first(self) -> bool {
         self.kind != MoveKind::PostCopy
     }
+
+    /// How far behind the program its standby may be, if the destination is one.
+    pub(super) fn behind(self) -> Option<Behind> {
+        let time = self.time_limit.unwrap_or(StandbyOptions::default().behind);
+        let hold = self.at_limit == AtLimit::Force;
+        (self.kind == MoveKind::Standby).then_some(Behind { time, bytes: self.behind_bytes, hold })
+    }
+}
+
+/// How a standby follows its source.
+///
+/// ```
+/// use pageferry::StandbyOptions;
+/// use std::time::Duration;
+/// let options = StandbyOptions { behind: Duration::from_millis(200), ..StandbyOptions::default() };
+/// assert!(!options.hold && options.behind_bytes.is_none());
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StandbyOptions {
+    /// How far behind the source it may be, to the millisecond and at least one. A point is made twice in this time, for which the program pauses as long as it takes to copy what it wrote since the
+    /// last look. Default 1 s.
+    pub behind: Duration,
+    /// How many bytes, in whole pages written, it may be behind. Default no limit.
+    pub behind_bytes: Option<u64>,
+    /// What happens when the path does not carry what the program writes: it waits at its gate until the standby is near enough, or, which is the default, runs on while the standby
+    /// falls behind, as [`MoveEvent::Kept`](super::MoveEvent::Kept) says. A standby that does not answer holds it no longer than the source's pause limit: then the standby is given up.
+    pub hold: bool,
+}
+
+impl Default for StandbyOptions {
+    fn default() -> StandbyOptions {
+        StandbyOptions { behind: Duration::from_secs(1), behind_bytes: None, hold: false }
+    }
+}
+
+impl From<StandbyOptions> for Strategy {
+    fn from(options: StandbyOptions) -> Strategy {
+        Strategy {
+            kind: MoveKind::Standby,
+            time_limit: Some(options.behind),
+            at_limit: if options.hold { AtLimit::Force } else { AtLimit::Cancel },
+            behind_bytes: options.behind_bytes.map(|bytes| bytes.max(1)),
+            ..Strategy::pre_copy()
+        }
+    }
 }
 
 impl From<Strategy> for Plan {
@@ -117,6 +166,7 @@ impl From<Strategy> for Plan {
             round_limit: strategy.round_limit,
             downtime_limit_us: u32::try_from(strategy.downtime_limit.as_micros()).unwrap_or(u32::MAX),
             time_limit_ms: strategy.time_limit.map_or(0, ms),
+            behind_bytes: strategy.behind_bytes.unwrap_or(0),
         }
     }
 }
@@ -132,6 +182,7 @@ impl From<Plan> for Strategy {
                 wire::AtLimit::Cancel => AtLimit::Cancel,
                 wire::AtLimit::Force => AtLimit::Force,
             },
+            behind_bytes: (plan.behind_bytes > 0).then_some(plan.behind_bytes),
         }
     }
 }
@@ -146,6 +197,10 @@ mod tests {
         for strategy in [Strategy::post_copy(), long, Strategy::hybrid().round_limit(3).at_limit(AtLimit::Force)] {
             assert_eq!(Strategy::from(Plan::from(strategy)), strategy);
         }
+        let standby = Strategy::from(StandbyOptions { behind_bytes: Some(0), hold: true, ..StandbyOptions::default() });
+        assert_eq!(Strategy::from(Plan::from(standby)), standby);
+        assert_eq!(standby.behind(), Some(Behind { time: Duration::from_secs(1), bytes: Some(1), hold: true }));
+        assert_eq!(Strategy::hybrid().behind(), None);
         // No limit is no limit of zero.
         let none = Strategy::hybrid().time_limit(Duration::ZERO);
         assert_eq!(Strategy::from(Plan::from(none)).time_limit, Some(Duration::from_millis(1)));

@@ -8,7 +8,9 @@ use super::{
     MoveError, MoveEvent, Strategy,
     arrival::Arrival,
     destination::Moved,
+    follow::Follow,
     handover::{DestinationAction, DestinationEvent, DestinationHandover, DestinationState, SessionId},
+    image::LAST,
 };
 use crate::{
     FaultAround, LossPolicy, NetError, Pager, Peer, Region,
@@ -27,24 +29,33 @@ use tokio::sync::{broadcast, watch};
 
 /// One session.
 pub(super) struct Taking {
-    means: Means,
-    session: SessionId,
+    pub(super) means: Means,
+    pub(super) session: SessionId,
     strategy: Strategy,
-    handover: DestinationHandover,
+    pub(super) handover: DestinationHandover,
+    /// If it stands by.
+    pub(super) follow: Option<Follow>,
     /// By the source's last OFFER.
     offered: Vec<OfferedRegion>,
-    regions: Vec<Region>,
+    pub(super) regions: Vec<Region>,
     /// The attempt that they were mapped for.
     mapped_since: u64,
     /// One for each of them.
     arrivals: Vec<Arrival>,
-    state: Bytes,
+    pub(super) state: Bytes,
     /// Since READY was sent.
     undecided_since: Option<Instant>,
     /// Since the connection broke, until the source has answered again.
     lost_since: Option<Instant>,
-    events: broadcast::Sender<MoveEvent>,
-    completion: watch::Sender<Option<Result<(), MoveError>>>,
+    pub(super) events: broadcast::Sender<MoveEvent>,
+    pub(super) completion: watch::Sender<Option<Result<(), MoveError>>>,
+}
+
+/// How this end came by the program.
+pub(super) enum Taken {
+    Committed(Box<Stream>),
+    /// By its caller's, without the source's.
+    ByWord,
 }
 
 /// What a session is taken with.
@@ -57,19 +68,19 @@ pub(super) struct Means {
     pub(super) decision_limit: Duration,
 }
 
-struct Stream {
-    writer: FrameWriter,
-    reader: FrameReader,
+pub(super) struct Stream {
+    pub(super) writer: FrameWriter,
+    pub(super) reader: FrameReader,
 }
 
 /// What the source said, or did not.
-struct Heard {
-    event: DestinationEvent,
-    reason: String,
+pub(super) struct Heard {
+    pub(super) event: DestinationEvent,
+    pub(super) reason: String,
 }
 
 impl Heard {
-    fn lost(error: &StreamError) -> Heard {
+    pub(super) fn lost(error: &StreamError) -> Heard {
         Heard { event: DestinationEvent::Lost, reason: error.to_string() }
     }
 }
@@ -81,6 +92,7 @@ impl Taking {
             session,
             strategy,
             handover: DestinationHandover::new(),
+            follow: None,
             offered: Vec::new(),
             regions: Vec::new(),
             mapped_since: 0,
@@ -94,14 +106,19 @@ impl Taking {
     }
 
     pub(super) async fn run(mut self) -> Result<Moved, MoveError> {
-        let mut stream = match self.hand_over().await {
-            Ok(stream) => stream,
+        match self.hand_over().await {
+            Ok(Taken::Committed(stream)) => Ok(self.moved_here(*stream).await),
+            Ok(Taken::ByWord) => Err(MoveError::Closed),
             Err(error) => {
                 // The caller may try again at the same addresses when it hears of it.
                 self.unmap().await;
-                return Err(error);
+                Err(error)
             }
-        };
+        }
+    }
+
+    /// The source has committed: the program is this end's.
+    pub(super) async fn moved_here(mut self, mut stream: Stream) -> Moved {
         let epoch = self.handover.epoch();
         self.means.peer.bind_session(self.session, epoch);
         let resumed = stream.writer.send(&Frame::Resumed { session: self.session, epoch }).await;
@@ -112,16 +129,19 @@ impl Taking {
         let (regions, state, events) = (self.regions.clone(), self.state.clone(), self.events.clone());
         let moved = Moved { regions, state, epoch, completion: self.completion.subscribe(), events };
         self.tell(MoveEvent::Resumed);
+        if let Some(mut follow) = self.follow.take() {
+            follow.image.leave().await;
+        }
         let service = self.means.pager.service().clone();
         // Weak handles: a caller that drops the program ends its pull.
         let weak = self.regions.iter().map(Region::downgrade).collect();
         self.regions.clear();
         service.spawn(self.bring_the_rest(stream, weak));
-        Ok(moved)
+        moved
     }
 
     /// Returns when the program belongs to this end.
-    async fn hand_over(&mut self) -> Result<Stream, MoveError> {
+    pub(super) async fn hand_over(&mut self) -> Result<Taken, MoveError> {
         let mut stream = self.ask().await?;
         let mut asked = Instant::now();
         let mut heard = self.listen(&mut stream, Some(self.means.step_limit)).await?;
@@ -130,6 +150,7 @@ impl Taking {
             match self.handover.on(event) {
                 DestinationAction::MapAndSayMapped => {
                     (self.undecided_since, self.lost_since) = (None, None);
+                    self.undecided(false);
                     heard = match self.map().await {
                         Ok(()) => {
                             let (session, epoch, since) = (self.session, self.handover.epoch(), self.mapped_since);
@@ -148,46 +169,69 @@ impl Taking {
                 }
                 DestinationAction::SendReady => {
                     self.undecided_since = Some(Instant::now());
+                    self.undecided(true);
                     let (session, epoch) = (self.session, self.handover.epoch());
                     let ready = stream.writer.send(&Frame::Ready { session, epoch }).await;
                     heard = self.after(ready, &mut stream, self.means.decision_limit).await?;
                 }
-                DestinationAction::Run => return Ok(stream),
+                DestinationAction::Run => return Ok(Taken::Committed(Box::new(stream))),
+                DestinationAction::RunAndDepose => return Ok(Taken::ByWord),
                 DestinationAction::AskAgain => {
+                    if self.lost_since.is_none() && self.follow.is_some() {
+                        self.tell(MoveEvent::Interrupted { reason: reason.clone() });
+                    }
                     self.lost_since.get_or_insert_with(Instant::now);
                     let left = self.decision_left();
                     if left.is_zero() {
                         heard = Heard { event: DestinationEvent::TimedOut, reason };
                         continue;
                     }
-                    tokio::time::sleep_until((asked + ASK_AGAIN).into()).await;
-                    asked = Instant::now();
-                    match tokio::time::timeout(left, self.ask()).await {
-                        Ok(Ok(again)) => {
+                    let again = async {
+                        tokio::time::sleep_until((asked + ASK_AGAIN).into()).await;
+                        asked = Instant::now();
+                        tokio::time::timeout(left, self.ask()).await
+                    };
+                    let again = tokio::select! {
+                        biased;
+                        word = self.word() => Err(word),
+                        again = again => Ok(again),
+                    };
+                    match again {
+                        Ok(Ok(Ok(again))) => {
                             stream = again;
-                            heard = self.listen(&mut stream, Some(self.decision_left())).await?;
+                            heard = self.listen(&mut stream, Some(self.answer_limit())).await?;
                         }
-                        Ok(Err(error)) => heard = Heard { event: DestinationEvent::Lost, reason: error.to_string() },
-                        Err(_) => heard = Heard { event: DestinationEvent::TimedOut, reason },
+                        Ok(Ok(Err(error))) => heard = Heard { event: DestinationEvent::Lost, reason: error.to_string() },
+                        Ok(Err(_)) => heard = Heard { event: DestinationEvent::TimedOut, reason },
+                        Err(word) => heard = word.heard()?,
                     }
                 }
                 DestinationAction::GiveUp => return Err(self.give_up(event, reason)),
                 DestinationAction::Ignore | DestinationAction::SendComplete | DestinationAction::Finish => {
                     // What says nothing gives no more time either.
                     let waits = self.undecided_since.is_some() || self.lost_since.is_some();
-                    let limit = if waits { self.decision_left() } else { self.means.step_limit };
+                    let limit = if waits { self.answer_limit() } else { self.means.step_limit };
                     heard = self.listen(&mut stream, Some(limit)).await?;
                 }
             }
         }
     }
 
-    fn tell(&self, event: MoveEvent) {
+    pub(super) fn tell(&self, event: MoveEvent) {
         tracing::info!(?event, "migration");
         let _ = self.events.send(event);
     }
 
+    /// How long a source may take that was asked again.
+    fn answer_limit(&self) -> Duration {
+        if self.follow.is_some() { self.means.step_limit } else { self.decision_left() }
+    }
+
     fn decision_left(&self) -> Duration {
+        if self.follow.is_some() {
+            // Its caller decides how long it stands by.
+            return Duration::MAX;
+        }
         let since = self.undecided_since.or(self.lost_since);
         since.map_or(Duration::ZERO, |since| self.means.decision_limit.saturating_sub(since.elapsed()))
     }
@@ -222,28 +266,46 @@ impl Taking {
         let next = loop {
             let next = async {
                 let frame = stream.reader.next().await?;
-                let Some(Frame::Prepare { epoch, state_bytes, .. }) = frame else { return Ok::<_, StreamError>((frame, None)) };
-                let state = read_state(&mut stream.reader, *state_bytes).await?;
-                Ok((None, Some((epoch, state))))
+                let Some(Frame::Prepare { state_bytes, .. } | Frame::Point { state_bytes, .. }) = &frame else {
+                    return Ok::<_, StreamError>((frame, Bytes::new()));
+                };
+                let state = read_state(&mut stream.reader, **state_bytes).await?;
+                Ok((frame, state))
             };
-            let next = match limit {
-                None => next.await,
-                Some(limit) => match tokio::time::timeout(limit, next).await {
-                    Ok(next) => next,
-                    Err(_) => {
-                        return Ok(Heard { event: DestinationEvent::TimedOut, reason: format!("no answer within {limit:?}") });
-                    }
-                },
+            let next = async {
+                match limit {
+                    None => Ok(next.await),
+                    Some(limit) => tokio::time::timeout(limit, next).await,
+                }
+            };
+            let next = tokio::select! {
+                biased;
+                // What is left half read is the end of the stream.
+                word = self.word() => return word.heard(),
+                () = self.promotion() => {
+                    self.ask_for_promotion(stream).await;
+                    continue;
+                }
+                next = next => next,
             };
             match next {
+                Err(_) => {
+                    let event = if self.follow.is_some() { DestinationEvent::Lost } else { DestinationEvent::TimedOut };
+                    return Ok(Heard { event, reason: format!("no answer within {limit:?}") });
+                }
                 // It is at work: the limit begins anew.
-                Ok((Some(Frame::Progress { copying, .. }), _)) => self.tell(copying.into()),
-                next => break next,
+                Ok(Ok((Some(Frame::Progress { copying, .. }), _))) => self.tell(copying.into()),
+                Ok(Ok((Some(Frame::Point { number, age_us, .. }), state))) => {
+                    if let Some(heard) = self.point(stream, number, Duration::from_micros(age_us), state).await? {
+                        return Ok(heard);
+                    }
+                }
+                Ok(next) => break next,
             }
         };
         let event = match next {
             Err(error) => return Ok(Heard::lost(&error)),
-            Ok((_, Some((epoch, state)))) => {
+            Ok((Some(Frame::Prepare { epoch, .. }), state)) => {
                 if self.handover.state() == DestinationState::Mapped && self.handover.epoch() == epoch {
                     self.state = state;
                     let attached = tokio::time::timeout(self.means.step_limit, self.attached()).await;
@@ -258,25 +320,28 @@ impl Taking {
                 }
                 DestinationEvent::Prepared { epoch }
             }
-            Ok((None, None)) => return Ok(Heard { event: DestinationEvent::Lost, reason: "the source ended the stream".into() }),
-            Ok((Some(Frame::Offer { epoch, regions, .. }), None)) => {
+            Ok((None, _)) => return Ok(Heard { event: DestinationEvent::Lost, reason: "the source ended the stream".into() }),
+            Ok((Some(Frame::Offer { epoch, regions, .. }), _)) => {
                 self.offered = regions.to_vec();
                 DestinationEvent::Offer { epoch }
             }
-            Ok((Some(Frame::Commit { epoch, .. }), None)) => DestinationEvent::Commit { epoch },
-            Ok((Some(Frame::Released { epoch, .. }), None)) => DestinationEvent::Released { epoch },
-            Ok((Some(Frame::Abort { message, .. }), None)) => {
+            Ok((Some(Frame::Commit { epoch, .. }), _)) => DestinationEvent::Commit { epoch },
+            Ok((Some(Frame::Released { epoch, .. }), _)) => DestinationEvent::Released { epoch },
+            Ok((Some(Frame::Abort { code, message, .. }), _)) => {
+                if self.goes_on_after(code, &message) {
+                    return Ok(Heard { event: DestinationEvent::Lost, reason: message.to_string() });
+                }
                 return Ok(Heard { event: DestinationEvent::Abort, reason: message.to_string() });
             }
-            Ok((Some(Frame::Failed { code, message }), None)) => {
+            Ok((Some(Frame::Failed { code, message }), _)) => {
                 return Err(NetError::Refused { code: code.into(), message: message.to_string() }.into());
             }
-            Ok((Some(other), None)) => return Err(MoveError::Protocol(format!("{} came in a handover", other.kind().name()))),
+            Ok((Some(other), _)) => return Err(MoveError::Protocol(format!("{} came in a handover", other.kind().name()))),
         };
         Ok(Heard { event, reason: String::new() })
     }
 
-    async fn abort(&self, stream: &mut Stream, error: &MoveError) {
+    pub(super) async fn abort(&self, stream: &mut Stream, error: &MoveError) {
         let (session, epoch) = (self.session, self.handover.epoch());
         let (code, message) = (ErrorCode::Aborted, Message::cut(&error.to_string()));
         let _ = stream.writer.send(&Frame::Abort { session, epoch, code, message }).await;
@@ -295,7 +360,17 @@ impl Taking {
         for arrival in self.arrivals.drain(..) {
             keeps &= arrival.cancel().await;
         }
-        if !keeps {
+        let mut has_point = false;
+        if let Some(follow) = &mut self.follow {
+            keeps &= follow.image.cancel().await;
+            has_point = follow.image.has_point();
+        }
+        if has_point && !same {
+            return Err(MoveError::Protocol("the source offers other regions than those that are followed".into()));
+        }
+        if !keeps && has_point {
+            self.mapped_since = self.handover.epoch();
+        } else if !keeps {
             self.unmap().await;
             self.mapped_since = self.handover.epoch();
             for OfferedRegion { name, size_bytes, address, .. } in &self.offered {
@@ -305,10 +380,17 @@ impl Taking {
                 }
                 self.regions.push(region.open()?);
             }
+            if let Some(follow) = &mut self.follow {
+                self.regions.iter().try_for_each(|region| follow.image.map(region.clone()))?;
+            }
         }
-        for region in self.regions.clone() {
+        for (at, region) in self.regions.clone().into_iter().enumerate() {
             let store = self.means.peer.open(region.name()).await?;
             let feed = FeedReader::start(&store, self.session, self.handover.epoch()).await?;
+            if let Some(follow) = &mut self.follow {
+                follow.image.listen(at, feed);
+                continue;
+            }
             let (pager, loss) = (self.means.pager.clone(), self.means.loss.clone());
             let upstream = Upstream { pager, store: Arc::new(store), fault_around: self.means.fault_around, loss };
             self.arrivals.push(Arrival::start(region, feed, upstream));
@@ -317,9 +399,12 @@ impl Taking {
     }
 
     /// Nothing is mapped when this returns.
-    async fn unmap(&mut self) {
+    pub(super) async fn unmap(&mut self) {
         for arrival in self.arrivals.drain(..) {
             arrival.cancel().await;
+        }
+        if let Some(follow) = &mut self.follow {
+            follow.image.leave().await;
         }
         let regions = std::mem::take(&mut self.regions);
         // On another thread, for the unmapping waits for this one.
@@ -327,6 +412,10 @@ impl Taking {
     }
 
     async fn attached(&mut self) -> Result<(), MoveError> {
+        if let Some(follow) = &mut self.follow {
+            follow.image.reached(LAST).await?;
+            return follow.image.show(self.state.clone(), Duration::ZERO).await.map(drop);
+        }
         for arrival in &mut self.arrivals {
             arrival.attached().await?;
         }

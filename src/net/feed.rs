@@ -37,6 +37,8 @@ pub(crate) enum Fed {
         extents: Vec<Extent>,
         more: bool,
     },
+    /// What came before belongs to that point.
+    Mark(u64),
     /// All has been sent.
     End,
 }
@@ -63,13 +65,14 @@ impl FeedReader {
                     let extents = extents.iter().map(|extent| self.inside(*extent)).collect::<Result<_, _>>()?;
                     return Ok(Fed::Lacks { extents, more });
                 }
+                Some(Incoming::Frame(Frame::Mark { number })) => return Ok(Fed::Mark(number)),
                 Some(Incoming::Frame(Frame::End)) => {
                     self.writer.finish();
                     return Ok(Fed::End);
                 }
                 Some(Incoming::Frame(Frame::Failed { message, .. })) => return Err(StreamError::Ended(message.to_string())),
                 Some(Incoming::Frame(other)) => {
-                    return Err(WireError::Unexpected { found: other.kind().name(), expected: "DATA, LACKS or END" }.into());
+                    return Err(WireError::Unexpected { found: other.kind().name(), expected: "DATA, LACKS, MARK or END" }.into());
                 }
                 None => return Err(StreamError::Ended("the source left the feed".into())),
             },

@@ -119,6 +119,11 @@ impl Session {
                 }
                 None => writer.send(&no_program()).await,
             },
+            Frame::Depose { session, epoch } => {
+                writer.prioritise(CONTROL_PRIORITY);
+                let extension = self.shared.extension.as_ref();
+                writer.send(&extension.map_or_else(no_program, |extension| extension.depose(self.peer, session, epoch))).await
+            }
             Frame::Feed { session, epoch, region, credit_bytes } => {
                 return self.feed((session, epoch), region, credit_bytes, writer, reader).await;
             }

@@ -10,7 +10,7 @@ use super::{
     stream::{FrameReader, FrameWriter},
     tls::{self, Trust},
     transport::{PrivateRuntime, TransportOptions, recognisable},
-    wire::{Access, Plan},
+    wire::{Access, Frame, Plan},
 };
 use crate::{NetError, PageStore, Service};
 use std::{
@@ -104,6 +104,9 @@ pub(crate) trait Extension: Send + Sync {
 
     /// A peer listens for the pages of a region (FEED). Dropping it ends the stream.
     fn feed(&self, feed: Feed);
+
+    /// A peer says that it has taken the program over (DEPOSE); what it is answered.
+    fn depose(&self, peer: PeerId, session: u128, epoch: u64) -> Frame;
 }
 
 /// See [`Server::builder`].

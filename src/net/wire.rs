@@ -6,138 +6,19 @@
 //! payload or fails; encoding cannot fail; what decodes encodes to the same bytes.
 
 mod fields;
+mod header;
 mod run;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use fields::*;
+pub(crate) use header::{Header, Kind};
 pub(crate) use run::{DATA_FIELDS_BYTES, DataHead, EncodedRun, encode_data_head};
 
 use crate::{Extent, PageSize};
 use bytes::{BufMut, Bytes, BytesMut};
-use fields::{EXTENT_BYTES, Payload, count_of, in_range, run_extent};
-use std::ops::RangeInclusive;
-
-macro_rules! kinds {
-    ($($number:literal $name:literal $kind:ident $min:expr, $max:expr;)*) => {
-        /// What a frame is: the first byte of its header.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        #[repr(u8)]
-        pub(crate) enum Kind { $($kind = $number,)* }
-
-        impl Kind {
-            #[cfg(test)]
-            pub(crate) const ALL: &[Kind] = &[$(Kind::$kind,)*];
-
-            fn of_byte(byte: u8) -> Option<Kind> {
-                match byte { $($number => Some(Kind::$kind),)* _ => None }
-            }
-
-            /// The name in docs/protocol.md.
-            pub(crate) const fn name(self) -> &'static str {
-                match self { $(Kind::$kind => $name,)* }
-            }
-
-            /// How long the payload may be, in bytes.
-            pub(crate) const fn lengths(self) -> RangeInclusive<u32> {
-                match self { $(Kind::$kind => $min..=$max,)* }
-            }
-        }
-    };
-}
-
-kinds! {
-    // kind and name     shortest and longest payload in bytes
-    0x01 "HELLO"     Hello     3, 3 + MAX_NAME_BYTES;
-    0x02 "WELCOME"   Welcome   3, 3 + MAX_NAME_BYTES;
-    0x03 "OPEN"      Open      2, 1 + MAX_NAME_BYTES;
-    0x04 "OPENED"    Opened    16, 16;
-    0x05 "FAILED"    Failed    4, 4 + MAX_MESSAGE_BYTES;
-    0x06 "LANE"      Lane      1, 1;
-    0x10 "READ"      Read      16, 16;
-    0x11 "DATA"      Data      16, 16 + MAX_RUN_BYTES;
-    0x12 "WRITE"     Write     16, 16 + MAX_RUN_BYTES;
-    0x13 "FLUSH"     Flush     4, 4;
-    0x14 "DONE"      Done      0, 0;
-    0x20 "PULL"      Pull      16, 16 + MAX_PULL_EXTENTS * EXTENT_BYTES;
-    0x21 "CREDIT"    Credit    8, 8;
-    0x22 "END"       End       0, 0;
-    0x30 "TAKE"      Take      32, 32;
-    0x31 "OFFER"     Offer     34, 34 + MAX_OFFER_REGIONS * (OFFER_ITEM_MIN_BYTES - 1 + MAX_NAME_BYTES);
-    0x32 "STATE"     State     1, MAX_STATE_PIECE_BYTES;
-    0x33 "READY"     Ready     24, 24;
-    0x34 "COMMIT"    Commit    24, 24;
-    0x35 "RESUMED"   Resumed   24, 24;
-    0x36 "COMPLETE"  Complete  24, 24;
-    0x37 "RELEASED"  Released  24, 24;
-    0x38 "ABORT"     Abort     28, 28 + MAX_MESSAGE_BYTES;
-    0x39 "MAPPED"    Mapped    32, 32;
-    0x3a "PREPARE"   Prepare   32, 32;
-    0x3b "FEED"      Feed      36, 36;
-    0x3c "LACKS"     Lacks     5, 5 + MAX_PULL_EXTENTS * EXTENT_BYTES;
-    0x3d "PROGRESS"  Progress  60, 60;
-}
-
-/// A region of an OFFER with a name of one byte.
-const OFFER_ITEM_MIN_BYTES: u32 = 2 + 1 + 8 + 8;
-
-/// The first eight bytes of a frame. Only [`decode`](Header::decode) makes one from bytes, so a header in hand lies within the
-/// limits and its [`length`](Header::length) may be allocated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Header {
-    kind: Kind,
-    flags: u8,
-    length: u32,
-}
-
-impl Header {
-    fn new(kind: Kind, flags: u8, length: u32) -> Header {
-        Header { kind, flags, length }
-    }
-
-    /// Reads and checks a header.
-    ///
-    /// # Errors
-    /// [`WireError::UnknownKind`], [`WireError::Reserved`] if the reserved field or unused flags are set,
-    /// [`WireError::OutOfRange`] if the encoding is unknown or the length is not allowed for the kind and encoding.
-    pub(crate) fn decode(bytes: &[u8; HEADER_BYTES as usize]) -> Result<Header, WireError> {
-        let [kind, flags, reserved_low, reserved_high, l0, l1, l2, l3] = *bytes;
-        let kind = Kind::of_byte(kind).ok_or(WireError::UnknownKind { kind })?;
-        let (frame, reserved) = (kind.name(), u16::from_le_bytes([reserved_low, reserved_high]));
-        if reserved != 0 {
-            return Err(WireError::Reserved { frame, field: "reserved", found: reserved });
-        }
-        let (mut min, mut max) = kind.lengths().into_inner();
-        if let Kind::Data | Kind::Write = kind {
-            let (content_min, content_max) = Encoding::of_byte(frame, flags)?.lengths().into_inner();
-            (min, max) = (min + content_min, min + content_max);
-        } else if flags != 0 {
-            return Err(WireError::Reserved { frame, field: "flags", found: flags.into() });
-        }
-        let length = u32::from_le_bytes([l0, l1, l2, l3]);
-        in_range(frame, "length of payload in bytes", length.into(), min, max)?;
-        Ok(Header::new(kind, flags, length))
-    }
-
-    fn encode(self) -> [u8; HEADER_BYTES as usize] {
-        let [l0, l1, l2, l3] = self.length.to_le_bytes();
-        [self.kind as u8, self.flags, 0, 0, l0, l1, l2, l3]
-    }
-
-    pub(crate) fn kind(self) -> Kind {
-        self.kind
-    }
-
-    /// The [`Encoding`] of DATA and WRITE, else 0.
-    pub(crate) fn flags(self) -> u8 {
-        self.flags
-    }
-
-    /// Bytes of payload that follow.
-    pub(crate) fn length(self) -> u32 {
-        self.length
-    }
-}
+use fields::{Payload, count_of, run_extent};
+use header::OFFER_ITEM_MIN_BYTES;
 
 /// A region of an OFFER.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -274,6 +155,40 @@ pub(crate) enum Frame {
         epoch: u64,
         copying: Copying,
     },
+    /// A standby has all pages of this moment when each feed has brought its MARK; the state of it follows in STATE frames.
+    Point {
+        session: u128,
+        epoch: u64,
+        number: u64,
+        /// How long ago the program stood there when this was sent, in microseconds.
+        age_us: u64,
+        state_bytes: StateLength,
+    },
+    /// What came on a feed up to here belongs to a point.
+    Mark {
+        number: u64,
+    },
+    /// The standby has a point whole, and is that far behind and no more.
+    Kept {
+        session: u128,
+        epoch: u64,
+        number: u64,
+    },
+    /// A standby asks for the program.
+    Promote {
+        session: u128,
+        epoch: u64,
+    },
+    /// The first frame of a stream on which a standby says that it has taken over.
+    Depose {
+        session: u128,
+        epoch: u64,
+    },
+    /// The source runs the program no more.
+    Deposed {
+        session: u128,
+        epoch: u64,
+    },
 }
 
 /// How far the copying of a running program is.
@@ -319,6 +234,12 @@ impl Frame {
             Frame::Feed { .. } => Kind::Feed,
             Frame::Lacks { .. } => Kind::Lacks,
             Frame::Progress { .. } => Kind::Progress,
+            Frame::Point { .. } => Kind::Point,
+            Frame::Mark { .. } => Kind::Mark,
+            Frame::Kept { .. } => Kind::Kept,
+            Frame::Promote { .. } => Kind::Promote,
+            Frame::Depose { .. } => Kind::Depose,
+            Frame::Deposed { .. } => Kind::Deposed,
         }
     }
 
@@ -382,6 +303,17 @@ impl Frame {
             Kind::Resumed => Frame::Resumed { session: p.u128("session")?, epoch: p.u64("epoch")? },
             Kind::Complete => Frame::Complete { session: p.u128("session")?, epoch: p.u64("epoch")? },
             Kind::Released => Frame::Released { session: p.u128("session")?, epoch: p.u64("epoch")? },
+            Kind::Promote => Frame::Promote { session: p.u128("session")?, epoch: p.u64("epoch")? },
+            Kind::Depose => Frame::Depose { session: p.u128("session")?, epoch: p.u64("epoch")? },
+            Kind::Deposed => Frame::Deposed { session: p.u128("session")?, epoch: p.u64("epoch")? },
+            Kind::Mark => Frame::Mark { number: p.u64("number")? },
+            Kind::Kept => Frame::Kept { session: p.u128("session")?, epoch: p.u64("epoch")?, number: p.u64("number")? },
+            Kind::Point => {
+                let (session, epoch, number) = (p.u128("session")?, p.u64("epoch")?, p.u64("number")?);
+                let age_us = p.u64("age_us")?;
+                let state_bytes = StateLength::of_field(frame, "state_bytes", p.u64("state_bytes")?)?;
+                Frame::Point { session, epoch, number, age_us, state_bytes }
+            }
             Kind::Mapped => Frame::Mapped { session: p.u128("session")?, epoch: p.u64("epoch")?, since: p.u64("since")? },
             Kind::Prepare => {
                 let (session, epoch) = (p.u128("session")?, p.u64("epoch")?);
@@ -469,6 +401,7 @@ impl Frame {
                 out.put_u16_le(plan.round_limit);
                 out.put_u32_le(plan.downtime_limit_us);
                 out.put_u64_le(plan.time_limit_ms);
+                out.put_u64_le(plan.behind_bytes);
             }
             Frame::Offer { session, epoch, state_bytes, regions } => {
                 put_turn(out, *session, *epoch);
@@ -486,10 +419,20 @@ impl Frame {
             | Frame::Commit { session, epoch }
             | Frame::Resumed { session, epoch }
             | Frame::Complete { session, epoch }
-            | Frame::Released { session, epoch } => put_turn(out, *session, *epoch),
-            Frame::Mapped { session, epoch, since } => {
+            | Frame::Released { session, epoch }
+            | Frame::Promote { session, epoch }
+            | Frame::Depose { session, epoch }
+            | Frame::Deposed { session, epoch } => put_turn(out, *session, *epoch),
+            Frame::Mapped { session, epoch, since: number } | Frame::Kept { session, epoch, number } => {
                 put_turn(out, *session, *epoch);
-                out.put_u64_le(*since);
+                out.put_u64_le(*number);
+            }
+            Frame::Mark { number } => out.put_u64_le(*number),
+            Frame::Point { session, epoch, number, age_us, state_bytes } => {
+                put_turn(out, *session, *epoch);
+                out.put_u64_le(*number);
+                out.put_u64_le(*age_us);
+                out.put_u64_le(**state_bytes);
             }
             Frame::Prepare { session, epoch, state_bytes } => {
                 put_turn(out, *session, *epoch);

@@ -5,8 +5,8 @@
 
 use crate::net::{HANG, soon};
 use pageferry::{
-    Destination, DestinationBuilder, Gate, Identity, LossPolicy, MemoryStore, MoveEvent, OnLoss, PageSize, Pass, Region, Source,
-    SourceBuilder, TransportOptions, Trust, testing::Gated,
+    Destination, DestinationBuilder, Gate, Identity, LossPolicy, MemoryStore, MoveEvent, OnLoss, PageSize, Pass, Point, Region,
+    Source, SourceBuilder, TransportOptions, Trust, testing::Gated,
 };
 use std::{
     io::{BufRead, BufReader, Write},
@@ -154,7 +154,12 @@ impl Ledger {
 
     /// Of a program that begins.
     pub fn reset(&self) {
-        self.words().iter().for_each(|word| word.store(0, SeqCst));
+        self.set([0; THREADS]);
+    }
+
+    /// Of a program that goes on from an earlier moment.
+    pub fn set(&self, done: [u64; THREADS]) {
+        self.words().iter().zip(done).for_each(|(word, done)| word.store(done, SeqCst));
     }
 
     /// Waits until every thread has done more: the program runs, somewhere.
@@ -235,17 +240,41 @@ fn operate(region: &Region, thread: usize, ledger: &Ledger, rest: Duration) {
 /// Fails unless the regions hold exactly the operations of the ledger, and every page is the one it should be.
 #[track_caller]
 pub fn check(regions: &[Region], ledger: &Ledger) {
-    for region in regions {
-        let words = region.len() / 8;
-        let mut expected = vec![0u64; words];
-        expected.chunks_mut(PAGE_WORDS).enumerate().for_each(|(page, words)| words[STAMP_WORD] = stamp(page));
-        for (thread, done) in ledger.done().into_iter().enumerate() {
-            if regions[thread % regions.len()].name() == region.name() {
-                expected[thread] = done;
-                (1..=done).for_each(|n| expected[slot(thread, n, words)] = n);
-            }
-        }
-        assert_words(region, &expected);
+    for (at, region) in regions.iter().enumerate() {
+        assert_words(region, &words_after(ledger.done(), at, regions.len(), region.len()));
+    }
+}
+
+/// What region `at` of `count` holds when the threads have done so many operations.
+pub fn words_after(done: [u64; THREADS], at: usize, count: usize, bytes: usize) -> Vec<u64> {
+    let mut expected = vec![0u64; bytes / 8];
+    expected.chunks_mut(PAGE_WORDS).enumerate().for_each(|(page, words)| words[STAMP_WORD] = stamp(page));
+    for (thread, done) in done.into_iter().enumerate().filter(|(thread, _)| thread % count == at) {
+        expected[thread] = done;
+        (1..=done).for_each(|n| expected[slot(thread, n, bytes / 8)] = n);
+    }
+    expected
+}
+
+/// A program's state: its ledger.
+pub fn state_of(ledger: &Ledger) -> Vec<u8> {
+    ledger.done().into_iter().flat_map(u64::to_le_bytes).collect()
+}
+
+/// The ledger that a state is of.
+pub fn done_of(state: &[u8]) -> [u64; THREADS] {
+    let mut words = state.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap()));
+    std::array::from_fn(|_| words.next().expect("a state of a ledger"))
+}
+
+/// Fails unless a point of a standby is one moment of the program, whose regions have these names and so many bytes each.
+#[track_caller]
+pub fn check_point(point: &Point<'_>, names: &[&str], bytes: usize) {
+    let done = done_of(point.state());
+    let mut found = vec![0; bytes];
+    for (at, name) in names.iter().enumerate() {
+        point.read_at(name, 0, &mut found).unwrap();
+        assert_bytes(&format!("{name} of point {}", point.number()), &found, &words_after(done, at, names.len(), bytes));
     }
 }
 

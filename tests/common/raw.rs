@@ -43,9 +43,9 @@ pub struct Handover {
 }
 
 /// No strategy but post-copy, and no limits.
-pub const POST_COPY: [u8; 16] = [0; 16];
+pub const POST_COPY: [u8; 24] = [0; 24];
 /// Ten rounds at most.
-pub const HYBRID: [u8; 16] = [2, 0, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+pub const HYBRID: [u8; 24] = [2, 0, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
 fn names(offer: &[u8]) -> Vec<String> {
     let (count, mut rest) = (u16::from_le_bytes([offer[32], offer[33]]), &offer[34..]);
@@ -202,7 +202,7 @@ impl RawDestination {
         self.take_by(session, &POST_COPY).await
     }
 
-    pub async fn take_by(&self, session: u128, plan: &[u8; 16]) -> Handover {
+    pub async fn take_by(&self, session: u128, plan: &[u8; 24]) -> Handover {
         let take = frame(TAKE, 0, &[&session.to_le_bytes()[..], plan].concat());
         let (send, receive) = self.client.stream(&take).await;
         Handover::new(send, receive, session, Some(self.client.connection.clone()))

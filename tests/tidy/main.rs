@@ -26,6 +26,7 @@ const PURE: &[&str] = &[
     "net::codec",
     "migrate::handover",
     "migrate::owed",
+    "migrate::points",
     "migrate::rounds",
     "migrate::strategy",
 ];

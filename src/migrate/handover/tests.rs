@@ -17,6 +17,8 @@ enum Message {
     Complete,
     Released,
     Abort,
+    Depose,
+    Deposed,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -32,6 +34,11 @@ struct World {
     /// The version of the state that each holds.
     held_version: Vec<u64>,
     destination_runs: Vec<bool>,
+    /// Whether destinations stand by, and may take over without the source's word.
+    standby: bool,
+    /// Those that did.
+    took_over: Vec<bool>,
+    deposed: bool,
     /// Messages on the way, sorted: destination, whether to the source, message, epoch, version of the state.
     wire: Vec<Item>,
     faults_left: u32,
@@ -54,9 +61,16 @@ impl World {
             destinations: vec![DestinationHandover::new(); destinations],
             held_version: vec![0; destinations],
             destination_runs: vec![false; destinations],
+            standby: false,
+            took_over: vec![false; destinations],
+            deposed: false,
             wire: (0..destinations).map(|d| (d, true, Message::Take, 0, 0)).collect(),
             faults_left,
         }
+    }
+
+    fn of_standbys(destinations: usize, faults_left: u32) -> World {
+        World { standby: true, ..World::new(destinations, faults_left) }
     }
 
     fn send(&mut self, item: Item) {
@@ -68,7 +82,13 @@ impl World {
         let version = self.source_version;
         match self.source.on(event) {
             // How long it takes is the world's choice: it says so when it is done.
-            SourceAction::Ignore | SourceAction::Copy(_) => {}
+            SourceAction::Ignore => {}
+            SourceAction::Copy(turn) => {
+                // Said before the first page is sent, so that whoever holds a point is known.
+                if self.standby {
+                    assert_eq!(self.source.on(SourceEvent::StandsBy(turn)), SourceAction::Ignore);
+                }
+            }
             SourceAction::SendOffer(turn) => self.send((d, false, Message::Offer, turn.epoch, 0)),
             SourceAction::PauseAndPrepare(turn) => {
                 self.source_runs = false;
@@ -76,12 +96,13 @@ impl World {
             }
             SourceAction::StopAndCommit(turn) => {
                 assert!(!self.source_runs && !self.ever_committed, "committed while running, or twice");
+                assert!(!self.deposed, "committed what it does not own");
                 self.ever_committed = true;
                 self.send((d, false, Message::Commit, turn.epoch, 0));
             }
             SourceAction::CommitAgain(turn) => self.send((d, false, Message::Commit, turn.epoch, 0)),
             action @ (SourceAction::Resume | SourceAction::ResumeAndOffer(_)) => {
-                assert!(!self.ever_committed, "resumed after the commit");
+                assert!(!self.ever_committed && !self.deposed, "resumed after the commit");
                 self.source_runs = true;
                 self.source_version += 1;
                 if let SourceAction::ResumeAndOffer(turn) = action {
@@ -94,6 +115,10 @@ impl World {
                 self.send((d, false, Message::Released, turn.epoch, 0));
             }
             SourceAction::ReleasedAgain(turn) => self.send((d, false, Message::Released, turn.epoch, 0)),
+            SourceAction::StopAndSayDeposed(turn) => {
+                (self.source_runs, self.deposed) = (false, true);
+                self.send((d, false, Message::Deposed, turn.epoch, 0));
+            }
             SourceAction::Refuse => self.send((d, false, Message::Abort, 0, 0)),
         }
     }
@@ -109,6 +134,10 @@ impl World {
                 assert_eq!(self.held_version[d], self.source_version, "runs with a state that is stale");
                 self.destination_runs[d] = true;
             }
+            DestinationAction::RunAndDepose => {
+                (self.destination_runs[d], self.took_over[d]) = (true, true);
+                self.send((d, true, Message::Depose, epoch, 0));
+            }
             DestinationAction::SendComplete => self.send((d, true, Message::Complete, epoch, 0)),
             DestinationAction::AskAgain => self.send((d, true, Message::Take, 0, 0)),
         }
@@ -121,6 +150,9 @@ impl World {
             (true, Message::Mapped) => self.at_source(d, SourceEvent::Mapped(turn)),
             (true, Message::Ready) => self.at_source(d, SourceEvent::Ready(turn)),
             (true, Message::Complete) => self.at_source(d, SourceEvent::Complete(turn)),
+            (true, Message::Depose) => self.at_source(d, SourceEvent::Depose(turn)),
+            // Ends the asking.
+            (false, Message::Deposed) => {}
             (false, Message::Offer) => self.at_destination(d, DestinationEvent::Offer { epoch }),
             (false, Message::Prepare) => {
                 // What the shell keeps is what the machine let it answer with READY.
@@ -150,14 +182,17 @@ impl World {
 
     fn check(&self) {
         let owners = usize::from(self.source_runs) + self.destination_runs.iter().filter(|runs| **runs).count();
-        assert!(owners <= 1, "{owners} owners");
-        assert!(!(self.source_runs && self.ever_committed), "the source runs after the commit");
+        // Whoever gives a standby the word says that the source runs no more: if that is not so, two run until the source is told.
+        let by_word = self.took_over.iter().filter(|took| **took).count();
+        assert!(owners <= 1 + by_word, "{owners} owners, {by_word} of them by their caller's word");
+        assert!(!(self.source_runs && (self.ever_committed || self.deposed)), "the source runs what it does not own");
         assert!(
             !self.freed || self.destinations.iter().any(|d| d.state() == DestinationState::Complete),
             "freed before it was acknowledged"
         );
         for (runs, destination) in self.destination_runs.iter().zip(&self.destinations) {
-            let owner = matches!(destination.state(), DestinationState::Owner | DestinationState::Complete);
+            let owner =
+                matches!(destination.state(), DestinationState::Owner | DestinationState::Complete | DestinationState::TookOver);
             assert_eq!(*runs, owner, "who runs is not who owns");
         }
     }
@@ -193,6 +228,15 @@ impl World {
             step(&|world| world.at_source(d, SourceEvent::Copied(turn)));
         }
         for d in 0..self.destinations.len() {
+            let holds_a_point = self.standby && self.source.standbys.contains(&session(d));
+            if holds_a_point
+                && matches!(
+                    self.destinations[d].state(),
+                    DestinationState::Asked | DestinationState::Mapped | DestinationState::Ready | DestinationState::Failed
+                )
+            {
+                step(&|world| world.at_destination(d, DestinationEvent::TakeOver));
+            }
             if self.destinations[d].state() == DestinationState::Owner {
                 step(&|world| world.at_destination(d, DestinationEvent::AllHere));
             }
@@ -338,4 +382,68 @@ fn a_destination_whose_stream_breaks_goes_on_in_the_next_attempt() {
         assert_eq!(source.on(SourceEvent::Ready(second)), SourceAction::StopAndCommit(second));
         assert_eq!(destination.on(DestinationEvent::Commit { epoch: 3 }), DestinationAction::Run);
     }
+}
+
+#[test]
+fn a_source_that_was_told_of_a_takeover_never_runs_nor_commits_again() {
+    let worlds = explore(World::of_standbys(1, 3), |_| {});
+    assert!(worlds > 1_000, "only {worlds} worlds: the exploration is broken");
+    let worlds = explore(World::of_standbys(2, 1), |_| {});
+    assert!(worlds > 2_000, "only {worlds} worlds: the exploration is broken");
+}
+
+#[test]
+fn wherever_a_source_is_the_word_of_its_standby_ends_it() {
+    let mut told = 0;
+    explore(World::of_standbys(1, 2), |world| {
+        if world.took_over[0] && !world.deposed {
+            let (mut world, epoch) = (world.clone(), world.destinations[0].epoch());
+            // It asks until it is heard.
+            world.deliver((0, true, Message::Depose, epoch, 0));
+            world.check();
+            assert!(world.deposed, "{:?} was not ended", world.source.state());
+            world.deliver((0, true, Message::Depose, epoch, 0));
+            told += 1;
+        }
+    });
+    assert!(told > 10, "only {told} worlds");
+}
+
+#[test]
+fn only_a_session_that_stood_by_takes_over_and_only_by_a_higher_epoch() {
+    let mut source = SourceHandover::new(1);
+    let (turn, by) = (Turn { session: 1, epoch: 2 }, Turn { session: 1, epoch: raised(2) });
+    source.on(SourceEvent::Take(1));
+    source.on(SourceEvent::Mapped(turn));
+    assert_eq!(source.on(SourceEvent::Depose(by)), SourceAction::Refuse, "it is an ordinary destination");
+    source.on(SourceEvent::StandsBy(turn));
+    assert_eq!(source.on(SourceEvent::Depose(Turn { session: 2, ..by })), SourceAction::Refuse);
+    assert_eq!(source.on(SourceEvent::Depose(turn)), SourceAction::Refuse, "it is the source's own number");
+    // Its session may be over, and others have asked since.
+    source.on(SourceEvent::Failed(turn));
+    source.on(SourceEvent::Take(7));
+    assert_eq!(source.on(SourceEvent::Depose(by)), SourceAction::StopAndSayDeposed(by));
+    assert_eq!(source.on(SourceEvent::Depose(by)), SourceAction::StopAndSayDeposed(by));
+    for late in [SourceEvent::Take(1), SourceEvent::Take(7), SourceEvent::Ready(turn), SourceEvent::Mapped(turn)] {
+        assert_eq!(source.on(late), SourceAction::Refuse);
+    }
+    assert_eq!(source.on(SourceEvent::Failed(Turn { session: 7, epoch: 3 })), SourceAction::Ignore);
+    assert_eq!(source.state(), SourceState::Deposed(by));
+}
+
+#[test]
+fn what_was_committed_to_another_is_not_taken_over() {
+    let mut source = SourceHandover::new(1);
+    let turn = Turn { session: 1, epoch: 2 };
+    source.on(SourceEvent::Take(1));
+    source.on(SourceEvent::Mapped(turn));
+    source.on(SourceEvent::StandsBy(turn));
+    source.on(SourceEvent::Failed(turn));
+    let other = Turn { session: 7, epoch: 3 };
+    source.on(SourceEvent::Take(7));
+    source.on(SourceEvent::Mapped(other));
+    source.on(SourceEvent::Copied(other));
+    assert_eq!(source.on(SourceEvent::Ready(other)), SourceAction::StopAndCommit(other));
+    assert_eq!(source.on(SourceEvent::Depose(Turn { session: 1, epoch: raised(2) })), SourceAction::Refuse);
+    assert_eq!(source.state(), SourceState::Committed(other));
 }

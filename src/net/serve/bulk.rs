@@ -129,19 +129,44 @@ impl Bulk {
         self.credit.connection.min_rtt()
     }
 
+    fn steps(&self, extents: Vec<Extent>) -> impl Iterator<Item = Extent> + Send + use<> {
+        let step = (PULL_EXTENT_BYTES / self.store.page_size().bytes()).max(1);
+        extents.into_iter().flat_map(move |extent| extent.chunks(step))
+    }
+
     /// Sends extents in order. Reads ahead of the network by a few steps, on other threads where there is compressing to do.
     pub(super) async fn send(&mut self, extents: Vec<Extent>, writer: &mut FrameWriter) -> Result<(), BulkError> {
+        self.send_steps(self.steps(extents).map(Step::Read), writer).await
+    }
+
+    /// Pages as they are now, to be sent later.
+    pub(super) async fn read(&self, extents: Vec<Extent>) -> Result<Vec<Run>, Refusal> {
+        let mut runs = Vec::new();
+        for extent in self.steps(extents) {
+            runs.extend(self.store.read(extent).await?);
+        }
+        Ok(runs)
+    }
+
+    /// The same for pages that were read before.
+    pub(super) async fn send_runs(&mut self, runs: Vec<Run>, writer: &mut FrameWriter) -> Result<(), BulkError> {
+        self.send_steps(runs.into_iter().map(Step::Have), writer).await
+    }
+
+    async fn send_steps(
+        &mut self,
+        mut steps: impl Iterator<Item = Step> + Send,
+        writer: &mut FrameWriter,
+    ) -> Result<(), BulkError> {
         let page = self.store.page_size();
-        let step = (PULL_EXTENT_BYTES / page.bytes()).max(1);
         let mut ready: VecDeque<tokio::task::JoinHandle<Result<Vec<EncodedRun>, Refusal>>> = VecDeque::new();
-        let mut steps = extents.into_iter().flat_map(|extent| extent.chunks(step));
         loop {
             while ready.len() < ENCODE_AHEAD
-                && let Some(extent) = steps.next()
+                && let Some(step) = steps.next()
             {
                 let (store, sent) = (self.store.clone(), self.sent.clone());
                 let compress = self.shared.options.compress && self.credit.pace.bytes_s < COMPRESS_BELOW_BYTES_S;
-                ready.push_back(self.shared.service.spawn(async move { encode_step(&*store, &sent, extent, compress).await }));
+                ready.push_back(self.shared.service.spawn(async move { encode_step(&*store, &sent, step, compress).await }));
             }
             let Some(next) = ready.pop_front() else { return Ok(()) };
             let panicked = |_| BulkError::Refused(Refusal(ErrorCode::StoreFailed, "the store panicked".into()));
@@ -164,10 +189,21 @@ impl Bulk {
 /// Steps of a bulk read that are read and encoded while an earlier one is sent.
 const ENCODE_AHEAD: usize = 3;
 
-async fn encode_step(store: &dyn PageStore, sent: &Sent, extent: Extent, compress: bool) -> Result<Vec<EncodedRun>, Refusal> {
+/// What is encoded at once.
+enum Step {
+    Read(Extent),
+    Have(Run),
+}
+
+async fn encode_step(store: &dyn PageStore, sent: &Sent, step: Step, compress: bool) -> Result<Vec<EncodedRun>, Refusal> {
     let mut runs = Vec::new();
-    for part in sent.unsent(extent) {
-        runs.extend(store.read(part).await?);
+    match step {
+        Step::Read(extent) => {
+            for part in sent.unsent(extent) {
+                runs.extend(store.read(part).await?);
+            }
+        }
+        Step::Have(run) => runs.push(run),
     }
     let page = store.page_size();
     let parts: Vec<(bool, Run)> = runs.into_iter().flat_map(|run| kinds_of(run, page, compress)).collect();

@@ -13,7 +13,7 @@ use super::{
     bulk::{Bulk, BulkError},
     failed,
 };
-use crate::{Extent, PeerId};
+use crate::{Extent, PeerId, Run};
 use std::{sync::Arc, time::Duration};
 
 /// See the module header.
@@ -37,15 +37,41 @@ impl std::fmt::Debug for Feed {
 impl Feed {
     /// Sends pages as they are when they are read.
     pub(crate) async fn send(&mut self, extents: Vec<Extent>) -> Result<(), StreamError> {
-        match self.bulk.send(extents, &mut self.writer).await {
+        let sent = self.bulk.send(extents, &mut self.writer).await;
+        self.unless_refused(sent).await
+    }
+
+    /// Pages as they are now, for [`send_runs`](Feed::send_runs).
+    pub(crate) async fn read(&mut self, extents: Vec<Extent>) -> Result<Vec<Run>, StreamError> {
+        match self.bulk.read(extents).await {
+            Ok(runs) => Ok(runs),
+            Err(refusal) => Err(self.refuse(refusal).await),
+        }
+    }
+
+    /// Sends pages as they were when they were read.
+    pub(crate) async fn send_runs(&mut self, runs: Vec<Run>) -> Result<(), StreamError> {
+        let sent = self.bulk.send_runs(runs, &mut self.writer).await;
+        self.unless_refused(sent).await
+    }
+
+    /// Says that what was sent up to here belongs to a point.
+    pub(crate) async fn mark(&mut self, number: u64) -> Result<(), StreamError> {
+        self.writer.send(&Frame::Mark { number }).await
+    }
+
+    async fn unless_refused(&mut self, sent: Result<(), BulkError>) -> Result<(), StreamError> {
+        match sent {
             Ok(()) => Ok(()),
             Err(BulkError::Stream(error)) => Err(error),
-            Err(BulkError::Refused(Refusal(code, message))) => {
-                // The reason is for the other end too; that it comes to an end there depends on nothing.
-                let _ = self.writer.send(&failed(code, &message)).await;
-                Err(StreamError::Ended(message))
-            }
+            Err(BulkError::Refused(refusal)) => Err(self.refuse(refusal).await),
         }
+    }
+
+    async fn refuse(&mut self, Refusal(code, message): Refusal) -> StreamError {
+        // The reason is for the other end too; that it comes to an end there depends on nothing.
+        let _ = self.writer.send(&failed(code, &message)).await;
+        StreamError::Ended(message)
     }
 
     /// Says whose content the other end does not have. What was sent before is older than this, what is sent after it newer.

@@ -193,6 +193,8 @@ byte_enum! {
         PostCopy = 0,
         PreCopy = 1,
         Hybrid = 2,
+        /// The destination follows the program until it is promoted.
+        Standby = 3,
     }
 }
 
@@ -214,13 +216,21 @@ pub(crate) struct Plan {
     /// Rounds of copying.
     pub(crate) round_limit: u16,
     pub(crate) downtime_limit_us: u32,
-    /// 0: none.
+    /// Of copying; 0: none. Of a standby: how far behind it may be.
     pub(crate) time_limit_ms: u64,
+    /// How many bytes a standby may be behind; 0: no limit.
+    pub(crate) behind_bytes: u64,
 }
 
 impl Plan {
-    pub(crate) const POST_COPY: Plan =
-        Plan { kind: MoveKind::PostCopy, at_limit: AtLimit::Cancel, round_limit: 0, downtime_limit_us: 0, time_limit_ms: 0 };
+    pub(crate) const POST_COPY: Plan = Plan {
+        kind: MoveKind::PostCopy,
+        at_limit: AtLimit::Cancel,
+        round_limit: 0,
+        downtime_limit_us: 0,
+        time_limit_ms: 0,
+        behind_bytes: 0,
+    };
 }
 
 byte_enum! {
@@ -275,6 +285,8 @@ error_codes! {
     Aborted = 9,
     /// This end does not own the program.
     NotOwner = 10,
+    /// The source's owner wants nothing more of the session.
+    CalledOff = 11,
 }
 
 /// An extent of a PULL or LACKS: `first` and `count`.
@@ -372,6 +384,7 @@ impl Payload {
             round_limit: self.u16("round_limit")?,
             downtime_limit_us: self.u32("downtime_limit_us")?,
             time_limit_ms: self.u64("time_limit_ms")?,
+            behind_bytes: self.u64("behind_bytes")?,
         })
     }
 

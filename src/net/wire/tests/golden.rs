@@ -156,14 +156,16 @@ pub(super) fn goldens() -> Vec<Golden> {
                 round_limit: 0x0302,
                 downtime_limit_us: 300_000,
                 time_limit_ms: 0x0102_0304_0506,
+                behind_bytes: 0x0708,
             },
         }, &[
-            &[0x30, 0, 0, 0, 32, 0, 0, 0], // TAKE, 32 bytes follow
+            &[0x30, 0, 0, 0, 40, 0, 0, 0], // TAKE, 40 bytes follow
             SESSION_BYTES,                 // session, low byte first
             &[2, 1],                       // strategy hybrid, at_limit force
             &[2, 3],                       // round_limit
             &[0xe0, 0x93, 0x04, 0x00],     // downtime_limit_us 300000
             &[6, 5, 4, 3, 2, 1, 0, 0],     // time_limit_ms
+            &[8, 7, 0, 0, 0, 0, 0, 0],     // behind_bytes
         ]),
         golden("offer", Frame::Offer {
             session: SESSION,
@@ -263,6 +265,45 @@ pub(super) fn goldens() -> Vec<Golden> {
             &[0, 1, 0, 0, 0, 0, 0, 0],     // dirty_bytes_s 256
             &[0, 0, 1, 0, 0, 0, 0, 0],     // bandwidth_bytes_s 65536
             &[3, 0, 0, 0, 0, 0, 0, 0],     // predicted_us 3
+        ]),
+        golden("point", Frame::Point {
+            session: SESSION,
+            epoch: EPOCH,
+            number: 5,
+            age_us: 1000,
+            state_bytes: StateLength::new(9u64).unwrap(),
+        }, &[
+            &[0x3e, 0, 0, 0, 48, 0, 0, 0],    // POINT, 48 bytes follow
+            SESSION_BYTES,                    // session
+            EPOCH_BYTES,                      // epoch
+            &[5, 0, 0, 0, 0, 0, 0, 0],        // number 5
+            &[0xe8, 0x03, 0, 0, 0, 0, 0, 0],  // age_us 1000
+            &[9, 0, 0, 0, 0, 0, 0, 0],        // state_bytes 9
+        ]),
+        golden("mark", Frame::Mark { number: 5 }, &[
+            &[0x3f, 0, 0, 0, 8, 0, 0, 0], // MARK, 8 bytes follow
+            &[5, 0, 0, 0, 0, 0, 0, 0],    // number 5
+        ]),
+        golden("kept", Frame::Kept { session: SESSION, epoch: EPOCH, number: 5 }, &[
+            &[0x40, 0, 0, 0, 32, 0, 0, 0], // KEPT, 32 bytes follow
+            SESSION_BYTES,                 // session
+            EPOCH_BYTES,                   // epoch
+            &[5, 0, 0, 0, 0, 0, 0, 0],     // number 5
+        ]),
+        golden("promote", Frame::Promote { session: SESSION, epoch: EPOCH }, &[
+            &[0x41, 0, 0, 0, 24, 0, 0, 0], // PROMOTE, 24 bytes follow
+            SESSION_BYTES,                 // session
+            EPOCH_BYTES,                   // epoch
+        ]),
+        golden("depose", Frame::Depose { session: SESSION, epoch: EPOCH }, &[
+            &[0x42, 0, 0, 0, 24, 0, 0, 0], // DEPOSE, 24 bytes follow
+            SESSION_BYTES,                 // session
+            EPOCH_BYTES,                   // epoch
+        ]),
+        golden("deposed", Frame::Deposed { session: SESSION, epoch: EPOCH }, &[
+            &[0x43, 0, 0, 0, 24, 0, 0, 0], // DEPOSED, 24 bytes follow
+            SESSION_BYTES,                 // session
+            EPOCH_BYTES,                   // epoch
         ]),
     ]
 }

@@ -80,11 +80,11 @@ fn frame(kind: Kind) -> BoxedStrategy<Frame> {
             .boxed(),
         Kind::Credit => any::<u64>().prop_map(|total_bytes| Frame::Credit { total_bytes }).boxed(),
         Kind::End => Just(Frame::End).boxed(),
-        Kind::Take => (any::<u128>(), 0u8..3, 0u8..2, any::<(u16, u32, u64)>())
-            .prop_map(|(session, kind, at_limit, (round_limit, downtime_limit_us, time_limit_ms))| {
+        Kind::Take => (any::<u128>(), 0u8..4, 0u8..2, any::<(u16, u32, u64, u64)>())
+            .prop_map(|(session, kind, at_limit, (round_limit, downtime_limit_us, time_limit_ms, behind_bytes))| {
                 let kind = MoveKind::of_byte("", kind).unwrap();
                 let at_limit = AtLimit::of_byte("", at_limit).unwrap();
-                Frame::Take { session, plan: Plan { kind, at_limit, round_limit, downtime_limit_us, time_limit_ms } }
+                Frame::Take { session, plan: Plan { kind, at_limit, round_limit, downtime_limit_us, time_limit_ms, behind_bytes } }
             })
             .boxed(),
         Kind::Offer => (turn(), 0..=u64::from(MAX_STATE_BYTES), vec(region(), 0..20))
@@ -99,6 +99,17 @@ fn frame(kind: Kind) -> BoxedStrategy<Frame> {
         Kind::Resumed => turn().prop_map(|(session, epoch)| Frame::Resumed { session, epoch }).boxed(),
         Kind::Complete => turn().prop_map(|(session, epoch)| Frame::Complete { session, epoch }).boxed(),
         Kind::Released => turn().prop_map(|(session, epoch)| Frame::Released { session, epoch }).boxed(),
+        Kind::Promote => turn().prop_map(|(session, epoch)| Frame::Promote { session, epoch }).boxed(),
+        Kind::Depose => turn().prop_map(|(session, epoch)| Frame::Depose { session, epoch }).boxed(),
+        Kind::Deposed => turn().prop_map(|(session, epoch)| Frame::Deposed { session, epoch }).boxed(),
+        Kind::Mark => any::<u64>().prop_map(|number| Frame::Mark { number }).boxed(),
+        Kind::Kept => (turn(), any::<u64>()).prop_map(|((session, epoch), number)| Frame::Kept { session, epoch, number }).boxed(),
+        Kind::Point => (turn(), any::<(u64, u64)>(), 0..=u64::from(MAX_STATE_BYTES))
+            .prop_map(|((session, epoch), (number, age_us), state_bytes)| {
+                let state_bytes = StateLength::new(state_bytes).unwrap();
+                Frame::Point { session, epoch, number, age_us, state_bytes }
+            })
+            .boxed(),
         Kind::Feed => (turn(), any::<(u32, u64)>())
             .prop_map(|((session, epoch), (region, credit_bytes))| Frame::Feed { session, epoch, region, credit_bytes })
             .boxed(),
