@@ -55,7 +55,7 @@ struct Plan {
 
 impl Plan {
     fn draw(random: &mut Random) -> Plan {
-        let strategy = ["post_copy", "pre_copy", "hybrid"][random.below(3) as usize];
+        let strategy = ["post_copy", "pre_copy", "hybrid", "standby"][random.below(4) as usize];
         let misfortune = match random.below(12) {
             0..4 => Misfortune::None,
             4 | 5 => Misfortune::Cut { both: random.below(2) == 0, ms: [5, 50, 300, 2_000][random.below(4) as usize] },
@@ -65,7 +65,7 @@ impl Plan {
             9 => Misfortune::KillSource,
             _ => Misfortune::KillDestination,
         };
-        let after = ["asked", "offered", "copying", "paused", "committed", "resumed"][random.below(6) as usize];
+        let after = ["asked", "offered", "copying", "follows", "point", "paused", "committed", "resumed"][random.below(8) as usize];
         let limit = [0, 0, 8 << 20, 64 << 20][random.below(4) as usize];
         Plan { strategy, limit, misfortune, after, delay_us: random.below(3) * random.below(10_000) }
     }
@@ -95,6 +95,7 @@ fn moves_lose_nothing_whatever_happens() {
     println!("{moves} moves from seed {seed} in {:.0?}: {tally:?}", start.elapsed());
     // What is never reached is not tested.
     assert!(moves < 100 || tally.moved * 3 > moves && tally.stayed > 0 && tally.died > 0, "{tally:?}");
+    assert!(moves < 300 || tally.taken_over > 0, "{tally:?}");
 }
 
 #[derive(Debug, Default)]
@@ -103,11 +104,14 @@ struct Tally {
     stayed: u64,
     /// The program went with the process that had it, or stands still because nobody could learn who has it.
     died: u64,
+    /// Of those that moved: from a standby's last point, after the source had died.
+    taken_over: u64,
 }
 
 impl Tally {
     fn add(&mut self, other: &Tally) {
         (self.moved, self.stayed, self.died) = (self.moved + other.moved, self.stayed + other.stayed, self.died + other.died);
+        self.taken_over += other.taken_over;
     }
 }
 
@@ -141,6 +145,7 @@ fn run_chain(seed: u64, moves: u64) -> Tally {
             destination: Host::start(&key, &path, false),
         };
         moving.happen(weather, roll);
+        tally.taken_over += u64::from(moving.destination.has_said("wants") && moving.destination.has_said("moved"));
         match moving.settle() {
             After::Moved(host) => (tally.moved, owner) = (tally.moved + 1, Some(host)),
             After::Stayed(host) => (tally.stayed, owner) = (tally.stayed + 1, Some(host)),
@@ -170,6 +175,7 @@ impl Move<'_> {
         // Whatever is never said does not come: the misfortune does then, or never, if it is over before.
         while after != "asked"
             && !self.source.has_said(after)
+            && !self.destination.has_said(after)
             && !self.destination.has_said_any(decided)
             && Instant::now() < self.deadline
         {
@@ -191,7 +197,14 @@ impl Move<'_> {
             Misfortune::Cancel => self.source.tell("cancel"),
             Misfortune::Finalize => self.source.tell("finalize"),
         }
+        let mut answered = false;
         while self.destination.lives() && !self.destination.has_said_any(decided) {
+            if self.destination.has_said("wants") && !answered {
+                answered = true;
+                // The word is given when it is true.
+                let word = if self.source.lives() { "leave" } else { "take_over" };
+                self.destination.tell(word);
+            }
             assert!(Instant::now() < self.deadline, "{}: neither moved nor failed in time: {self:?}", self.context);
             self.destination.listen(Duration::from_millis(5), &self.context);
             self.source.listen(Duration::ZERO, &self.context);

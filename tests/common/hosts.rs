@@ -5,11 +5,11 @@
 
 use crate::{
     net::LOOPBACK,
-    program::{Child, Ledger, Program, check, say, told, world},
+    program::{Child, Ledger, Program, check, done_of, say, state_of, told, world},
 };
 use pageferry::{
-    Destination, Identity, LossPolicy, MoveError, MoveEvent, Moved, OnLoss, Pager, PagerOptions, Region, Source, Strategy,
-    TransportOptions, Trust,
+    Destination, Identity, LossPolicy, MoveError, MoveEvent, Moved, OnLoss, Pager, PagerOptions, Region, Source, StandbyOptions,
+    Strategy, TransportOptions, Trust,
 };
 use std::{
     path::Path,
@@ -128,7 +128,8 @@ pub async fn play() {
     while let Some(said) = lines.recv().await {
         let words: Vec<&str> = said.split(' ').collect();
         match (words.as_slice(), stage.as_mut()) {
-            (["offer", limit], Some(stage)) => stage.offer(&identity, limit.parse().unwrap()),
+            (["offer", limit], Some(stage)) => stage.offer(&identity, &ledger, limit.parse().unwrap()),
+            (["take", address, "standby"], None) => stage = stand_by(&identity, &ledger, address, &mut lines).await,
             (["take", address, strategy], None) => stage = take(&identity, &ledger, address, strategy).await,
             (["check"], Some(stage)) => stage.check(&ledger).await,
             (["cancel"], Some(stage)) => drop(stage.source().cancel().await),
@@ -157,20 +158,23 @@ struct Stage {
 }
 
 impl Stage {
-    fn offer(&mut self, identity: &Identity, limit: u64) {
+    fn offer(&mut self, identity: &Identity, ledger: &Arc<Ledger>, limit: u64) {
         // The one before gives the program back first.
         self.source = None;
         let mut builder = Source::builder(identity).grant(identity.peer_id(), &self.regions).gate(&self.program.gate);
         if limit > 0 {
             builder = builder.background_limit(limit);
         }
-        let source = builder.epoch(self.epoch).transport(transport()).listen(LOOPBACK).unwrap();
+        let counted = ledger.clone();
+        let builder = builder.epoch(self.epoch).transport(transport()).state(move || state_of(&counted));
+        let source = builder.listen(LOOPBACK).unwrap();
         let mut events = source.events();
         tokio::spawn(async move {
             while let Ok(event) = events.recv().await {
                 let name = match event {
                     MoveEvent::Offered { .. } => "offered",
                     MoveEvent::Copying { .. } => "copying",
+                    MoveEvent::Point { .. } => "point",
                     MoveEvent::Paused => "paused",
                     MoveEvent::Committed { .. } => "committed",
                     MoveEvent::Resumed => "resumed",
@@ -205,19 +209,27 @@ async fn take(identity: &Identity, ledger: &Arc<Ledger>, address: &str, strategy
         "pre_copy" => Strategy::pre_copy().downtime_limit(Duration::from_secs(1)),
         _ => Strategy::hybrid(),
     };
+    let taken = async { connect(identity, address).await?.take(strategy).await };
+    match taken.await {
+        Ok(moved) => Some(runs_here(moved, ledger)),
+        Err(error) => failed(&error),
+    }
+}
+
+async fn connect(identity: &Identity, address: &str) -> Result<Destination, MoveError> {
     let loss = LossPolicy { keep_trying: Duration::from_secs(4), then: OnLoss::Poison };
     let pager = Pager::start(&PagerOptions::default()).unwrap();
     let builder = Destination::builder(address.parse().unwrap(), Trust::ids([identity.peer_id()]), identity);
-    let builder = builder.pager(&pager).transport(transport()).loss(loss).decision_limit(Duration::from_secs(5));
-    let taken = async { builder.connect().await?.take(strategy).await };
-    let moved = match taken.await {
-        Ok(moved) => moved,
-        Err(error) => {
-            let kind = if matches!(error, MoveError::Unknown { .. }) { "unknown" } else { "known" };
-            say(&format!("failed {kind}: {error}").replace('\n', " "));
-            return None;
-        }
-    };
+    builder.pager(&pager).transport(transport()).loss(loss).decision_limit(Duration::from_secs(5)).connect().await
+}
+
+fn failed(error: &MoveError) -> Option<Stage> {
+    let kind = if matches!(error, MoveError::Unknown { .. }) { "unknown" } else { "known" };
+    say(&format!("failed {kind}: {error}").replace('\n', " "));
+    None
+}
+
+fn runs_here(moved: Moved, ledger: &Arc<Ledger>) -> Stage {
     let regions = moved.regions().to_vec();
     let program = run(&regions, ledger);
     say(&format!("moved {}", moved.epoch()));
@@ -229,5 +241,43 @@ async fn take(identity: &Identity, ledger: &Arc<Ledger>, address: &str, strategy
             Err(error) => say(&format!("lost {error}").replace('\n', " ")),
         }
     });
-    Some(Stage { regions, program, epoch, source: None, _moved: Some(moved) })
+    Stage { regions, program, epoch, source: None, _moved: Some(moved) }
+}
+
+/// Follows for a few points, then wants the program. If it cannot be had, the test knows whether the source is dead.
+async fn stand_by(
+    identity: &Identity,
+    ledger: &Arc<Ledger>,
+    address: &str,
+    lines: &mut tokio::sync::mpsc::UnboundedReceiver<String>,
+) -> Option<Stage> {
+    let options = StandbyOptions { behind: Duration::from_millis(40), ..StandbyOptions::default() };
+    let standby = async { connect(identity, address).await?.stand_by(options).await };
+    let standby = match standby.await {
+        Ok(standby) => standby,
+        Err(error) => return failed(&error),
+    };
+    say("follows");
+    let mut told = standby.events();
+    let points = async {
+        for _ in 0..3 {
+            while !matches!(told.recv().await, Ok(MoveEvent::Kept { .. }) | Err(_)) {}
+        }
+    };
+    // Whatever keeps them away.
+    let _ = tokio::time::timeout(Duration::from_secs(1), points).await;
+    let error = match standby.promote().await {
+        Ok(moved) => return Some(runs_here(moved, ledger)),
+        Err(error) => error,
+    };
+    say("wants");
+    match lines.recv().await.as_deref() {
+        Some("take_over") => {
+            let moved = standby.take_over().await.unwrap();
+            // What was written since the point is no part of the program.
+            ledger.set(done_of(moved.state()));
+            Some(runs_here(moved, ledger))
+        }
+        _ => failed(&error),
+    }
 }

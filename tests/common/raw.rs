@@ -6,7 +6,7 @@ use crate::net::{
     Asked, DATA, FEED, Got, HELLO, Liar, OPENED, RawClient, TAKE, WELCOME, credit, feed, frame, hello, lane, open, read, soon,
 };
 use pageferry::Identity;
-use std::{collections::BTreeSet, net::SocketAddr};
+use std::{collections::BTreeSet, future::Future, net::SocketAddr, sync::Arc};
 use tokio::sync::mpsc;
 
 pub const OFFER: u8 = 0x31;
@@ -20,8 +20,14 @@ pub const ABORT: u8 = 0x38;
 pub const MAPPED: u8 = 0x39;
 pub const PREPARE: u8 = 0x3a;
 pub const LACKS: u8 = 0x3c;
+pub const POINT: u8 = 0x3e;
+pub const MARK: u8 = 0x3f;
+pub const KEPT: u8 = 0x40;
+pub const DEPOSE: u8 = 0x42;
+pub const DEPOSED: u8 = 0x43;
 
 /// Codes of an ABORT.
+pub const NOT_GRANTED: u16 = 2;
 pub const ABORTED: u16 = 9;
 pub const NOT_OWNER: u16 = 10;
 
@@ -177,6 +183,12 @@ impl Handover {
         self.say_with(OFFER, &[&0u64.to_le_bytes()[..], &1u16.to_le_bytes(), &region].concat()).await;
     }
 
+    /// Says that a point is sent, with a state of one byte: its number.
+    pub async fn point(&mut self, number: u64) {
+        self.say_with(POINT, &[number.to_le_bytes(), [0; 8], 1u64.to_le_bytes()].concat()).await;
+        let _ = self.send.write_all(&frame(STATE, 0, &[number as u8])).await;
+    }
+
     pub async fn prepare(&mut self) {
         self.say_with(PREPARE, &0u64.to_le_bytes()).await;
     }
@@ -240,9 +252,28 @@ impl RawSource {
 
     /// What it says is lacking may be a lie.
     pub fn that_lacks(identity: &Identity, pages: u64, lacking: Vec<(u64, u64)>) -> RawSource {
+        RawSource::with_feeds(identity, pages, move |mut asked| {
+            let mut payload = [&(lacking.len() as u32).to_le_bytes()[..], &[0]].concat();
+            for (first, count) in &lacking {
+                payload.extend([first.to_le_bytes(), count.to_le_bytes()].concat());
+            }
+            // Nothing is sent unasked.
+            async move {
+                asked.say(&frame(LACKS, 0, &payload)).await;
+                let _ = asked.send.finish();
+            }
+        })
+    }
+
+    /// What it says on a feed is the test's.
+    pub fn with_feeds<F>(identity: &Identity, pages: u64, feed: impl Fn(Asked) -> F + Send + Sync + 'static) -> RawSource
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
         let (taken, takes) = mpsc::unbounded_channel();
+        let feed = Arc::new(feed);
         let liar = Liar::start(identity, move |asked: Asked| {
-            let (taken, lacking) = (taken.clone(), lacking.clone());
+            let (taken, feed) = (taken.clone(), feed.clone());
             async move {
                 match asked.first.kind {
                     HELLO => asked.control(pages).await,
@@ -250,16 +281,7 @@ impl RawSource {
                         let session = u128::from_le_bytes(asked.first.payload[..16].try_into().unwrap());
                         let _ = taken.send(Handover::new(asked.send, asked.receive, session, None));
                     }
-                    // Nothing is sent unasked.
-                    FEED => {
-                        let mut asked = asked;
-                        let mut payload = [&(lacking.len() as u32).to_le_bytes()[..], &[0]].concat();
-                        for (first, count) in lacking {
-                            payload.extend([first.to_le_bytes(), count.to_le_bytes()].concat());
-                        }
-                        asked.say(&frame(LACKS, 0, &payload)).await;
-                        let _ = asked.send.finish();
-                    }
+                    FEED => feed(asked).await,
                     _ => {}
                 }
             }
