@@ -107,6 +107,39 @@ async fn every_point_is_one_moment_and_a_promotion_loses_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standby_that_is_promoted_before_its_first_point_has_the_program() {
+    if !userfaultfd() {
+        return;
+    }
+    let stage = Stage::new(Weather::default(), 1024);
+    let (mut news, destination) = (stage.source.events(), stage.connect().await);
+    let standing = tokio::spawn(async move { destination.stand_by(NEAR).await });
+    wait_for(&mut news, "the offer", |event| matches!(event, MoveEvent::Offered { .. })).await;
+    assert!(stage.source.finalize());
+    let standby = soon("standing by", standing).await.unwrap().unwrap();
+    let moved = soon("the promotion", standby.promote()).await.unwrap();
+    stage.has_moved(&moved).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_is_lost_before_the_first_point_is_an_error_in_time() {
+    if !userfaultfd() {
+        return;
+    }
+    let stage = Stage::new(Weather::default(), 1024);
+    let builder = stage.keys.destination(stage.proxy.address).decision_limit(Duration::from_secs(1));
+    let (mut news, destination) = (stage.source.events(), soon("connecting", builder.connect()).await.unwrap());
+    let standing = tokio::spawn(async move { destination.stand_by(NEAR).await });
+    wait_for(&mut news, "the offer", |event| matches!(event, MoveEvent::Offered { .. })).await;
+    stage.proxy.both(false);
+    if let Err(error) = soon("giving up", standing).await.unwrap() {
+        assert!(matches!(error, MoveError::Lost { .. }), "{error}");
+    }
+    stage.ledger.advances().await;
+    stage.program.quit();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_source_may_promote_its_standby() {
     if !userfaultfd() {
         return;

@@ -29,6 +29,15 @@ pub(super) struct Follow {
     asked_for_promotion: bool,
 }
 
+impl Follow {
+    /// A point is whole, or the last thing that the program did before it was promoted, which may come before any point.
+    pub(super) async fn show(&mut self, state: Bytes, age: Duration) -> Result<u64, MoveError> {
+        let shown = self.image.show(state, age).await?;
+        self.status.send_if_modified(|status| !std::mem::replace(&mut status.has_point, true));
+        Ok(shown)
+    }
+}
+
 /// What a caller says that no source is asked about.
 pub(super) enum Word {
     TakeOver,
@@ -64,6 +73,11 @@ impl Taking {
 
     pub(super) fn events(&self) -> broadcast::Sender<MoveEvent> {
         self.events.clone()
+    }
+
+    /// Whether there is a point to go on from, so that no failure is the end.
+    pub(super) fn stands_by(&self) -> bool {
+        self.follow.as_ref().is_some_and(|follow| follow.image.has_point())
     }
 
     /// The caller's word, when it is given and can be heeded.
@@ -138,8 +152,7 @@ impl Taking {
             }
         }
         let age = age + self.means.peer.rtt().unwrap_or_default() / 2;
-        let shown = follow.image.show(state, age).await?;
-        follow.status.send_if_modified(|status| !std::mem::replace(&mut status.has_point, true));
+        let shown = follow.show(state, age).await?;
         let behind = super::image::read(&follow.image.shown()).as_ref().map_or(age, |shown| shown.stood.elapsed());
         self.tell(MoveEvent::Kept { number: shown, behind });
         let kept = Frame::Kept { session: self.session, epoch: self.handover.epoch(), number };

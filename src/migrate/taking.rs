@@ -177,7 +177,7 @@ impl Taking {
                 DestinationAction::Run => return Ok(Taken::Committed(Box::new(stream))),
                 DestinationAction::RunAndDepose => return Ok(Taken::ByWord),
                 DestinationAction::AskAgain => {
-                    if self.lost_since.is_none() && self.follow.is_some() {
+                    if self.lost_since.is_none() && self.stands_by() {
                         self.tell(MoveEvent::Interrupted { reason: reason.clone() });
                     }
                     self.lost_since.get_or_insert_with(Instant::now);
@@ -224,12 +224,12 @@ impl Taking {
 
     /// How long a source may take that was asked again.
     fn answer_limit(&self) -> Duration {
-        if self.follow.is_some() { self.means.step_limit } else { self.decision_left() }
+        if self.stands_by() { self.means.step_limit } else { self.decision_left() }
     }
 
     fn decision_left(&self) -> Duration {
-        if self.follow.is_some() {
-            // Its caller decides how long it stands by.
+        if self.stands_by() {
+            // Its caller decides for how long.
             return Duration::MAX;
         }
         let since = self.undecided_since.or(self.lost_since);
@@ -290,7 +290,7 @@ impl Taking {
             };
             match next {
                 Err(_) => {
-                    let event = if self.follow.is_some() { DestinationEvent::Lost } else { DestinationEvent::TimedOut };
+                    let event = if self.stands_by() { DestinationEvent::Lost } else { DestinationEvent::TimedOut };
                     return Ok(Heard { event, reason: format!("no answer within {limit:?}") });
                 }
                 // It is at work: the limit begins anew.
@@ -414,7 +414,7 @@ impl Taking {
     async fn attached(&mut self) -> Result<(), MoveError> {
         if let Some(follow) = &mut self.follow {
             follow.image.reached(LAST).await?;
-            return follow.image.show(self.state.clone(), Duration::ZERO).await.map(drop);
+            return follow.show(self.state.clone(), Duration::ZERO).await.map(drop);
         }
         for arrival in &mut self.arrivals {
             arrival.attached().await?;
