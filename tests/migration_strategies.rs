@@ -65,12 +65,19 @@ async fn a_running_program_moves_by_every_strategy_and_loses_no_operation() {
             regions.extend(regions_of(&pager, &["archive"], 64));
             let source = keys.source(&regions, &here.gate).listen(LOOPBACK).unwrap();
             ledger.advances().await;
-            let moved = take(&connect(&source, &keys).await, strategy).await.unwrap();
+            let destination = connect(&source, &keys).await;
+            let mut told = destination.events();
+            let moved = take(&destination, strategy).await.unwrap();
             here.has_left();
             let there = Program::start(&moved.regions()[..3], &ledger);
             ledger.advances().await;
             soon("the last page", moved.complete()).await.unwrap();
-            soon("the departure", source.departed()).await.unwrap();
+            let departed = soon("the departure", source.departed()).await.unwrap();
+            assert_eq!(departed.rounds > 0, strategy != Strategy::post_copy(), "{departed:?}");
+            // Pages with stamps weigh something, whoever asks for some of them first.
+            assert!(departed.sent_bytes > 0, "{departed:?}");
+            // From before there was anything to ask for events.
+            assert!(matches!(told.recv().await, Ok(MoveEvent::Copying { .. } | MoveEvent::Resumed)));
             there.quit();
             check(&moved.regions()[..3], &ledger);
             check_stamps(&moved.regions()[3]);

@@ -241,9 +241,13 @@ impl Attempt {
                 self.shared.tell(MoveEvent::Committed { epoch: turn.epoch });
                 let sent = self.send(&Frame::Commit { session: turn.session, epoch: turn.epoch }).await;
                 if let Some((copy, _)) = self.copy.take() {
+                    let shared = self.shared.clone();
+                    shared.times().rounds = copy.rounds_begun();
                     self.shared.service.spawn(async move {
+                        // Said before the destination can say that it has all.
+                        let sent = |bytes| shared.times().sent_bytes = bytes;
                         // The destination asks for what does not come.
-                        if let Err(error) = copy.push().await {
+                        if let Err(error) = copy.push(sent).await {
                             tracing::debug!(?error, "pushing ended early");
                         }
                     });

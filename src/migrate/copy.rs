@@ -285,6 +285,11 @@ impl Copy {
         self.start.elapsed()
     }
 
+    /// Of copying while the program ran.
+    pub(super) fn rounds_begun(&self) -> u32 {
+        if self.parts.iter().any(|part| part.followed.is_some()) { self.rounds.round() } else { 0 }
+    }
+
     pub(super) fn progress(&self) -> Copying {
         Copying {
             round: self.rounds.round(),
@@ -390,9 +395,12 @@ impl Copy {
     }
 
     /// The program has gone: sends what the destination lacks, those pages first that were written last, for the program is about to touch them.
-    pub(super) async fn push(mut self) -> Result<(), CopyError> {
+    pub(super) async fn push(mut self, sent: impl Fn(u64)) -> Result<(), CopyError> {
+        let sent_bytes = |feeds: &[Feed]| feeds.iter().map(|feed| feed.sent_and_used_bytes().0).sum();
+        sent(sent_bytes(&self.feeds));
         while let Some(batch) = self.batch(false) {
             self.send(Some(batch)).await?;
+            sent(sent_bytes(&self.feeds));
         }
         for feed in self.feeds {
             feed.end().await?;

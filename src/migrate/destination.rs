@@ -35,6 +35,7 @@ pub struct Destination {
     fault_around: Option<FaultAround>,
     step_limit: Duration,
     pub(super) decision_limit: Duration,
+    events: broadcast::Sender<MoveEvent>,
 }
 
 /// See [`Destination::builder`].
@@ -101,6 +102,7 @@ impl DestinationBuilder<'_> {
             fault_around: self.fault_around,
             step_limit: Duration::from_secs(30),
             decision_limit: self.decision_limit,
+            events: broadcast::Sender::new(64),
         })
     }
 }
@@ -135,6 +137,12 @@ impl Destination {
         &self.peer
     }
 
+    /// News from now on, of what is taken here and of standbys. A receiver that falls 64 events behind misses the oldest.
+    #[must_use]
+    pub fn events(&self) -> broadcast::Receiver<MoveEvent> {
+        self.events.subscribe()
+    }
+
     /// Takes the program. When this returns `Ok`, this host owns it: its threads may run, and fault their pages in.
     ///
     /// Cancellation: dropping the future does not stop the handover, which then ends with a program that nobody here runs: keep it until it returns.
@@ -163,6 +171,7 @@ impl Destination {
             fault_around: self.fault_around,
             step_limit: self.step_limit,
             decision_limit: self.decision_limit,
+            events: self.events.clone(),
         }
     }
 }

@@ -73,6 +73,9 @@ pub(super) struct Times {
     asked: Option<(SessionId, Instant)>,
     pub(super) paused: Option<Instant>,
     pub(super) resumed: Option<Instant>,
+    /// Of the attempt that committed.
+    pub(super) rounds: u32,
+    pub(super) sent_bytes: u64,
 }
 
 impl Times {
@@ -175,8 +178,9 @@ impl Shared {
         let times = self.times();
         let downtime = times.paused.zip(times.resumed).map_or(Duration::ZERO, |(paused, resumed)| resumed - paused);
         let total = times.asked.map_or(Duration::ZERO, |(_, asked)| asked.elapsed());
+        let (rounds, sent_bytes) = (times.rounds, times.sent_bytes);
         drop(times);
-        self.departed.send_replace(Some(Ok(Departed { peer, epoch: turn.epoch, downtime, total })));
+        self.departed.send_replace(Some(Ok(Departed { peer, epoch: turn.epoch, downtime, total, rounds, sent_bytes })));
         self.tell(MoveEvent::Released);
     }
 }

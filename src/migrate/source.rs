@@ -63,6 +63,10 @@ pub struct Departed {
     pub downtime: Duration,
     /// From the destination's asking to its having every page.
     pub total: Duration,
+    /// Rounds of copying before the program moved; the last of them may not have come to its end.
+    pub rounds: u32,
+    /// Bytes of pages that the source sent by itself, as they travelled: compressed, and nothing for pages of zeros. What faults asked for is not among them. Of the attempt that committed.
+    pub sent_bytes: u64,
 }
 
 /// See [`Source::builder`].

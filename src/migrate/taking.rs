@@ -66,6 +66,7 @@ pub(super) struct Means {
     pub(super) fault_around: Option<FaultAround>,
     pub(super) step_limit: Duration,
     pub(super) decision_limit: Duration,
+    pub(super) events: broadcast::Sender<MoveEvent>,
 }
 
 pub(super) struct Stream {
@@ -87,6 +88,7 @@ impl Heard {
 
 impl Taking {
     pub(super) fn new(means: Means, session: SessionId, strategy: Strategy) -> Taking {
+        let events = means.events.clone();
         Taking {
             means,
             session,
@@ -100,7 +102,7 @@ impl Taking {
             state: Bytes::new(),
             undecided_since: None,
             lost_since: None,
-            events: broadcast::Sender::new(64),
+            events,
             completion: watch::Sender::new(None),
         }
     }
