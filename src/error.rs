@@ -67,6 +67,14 @@ pub enum StoreError {
     /// The peer sent something that the protocol forbids.
     #[error("peer broke the protocol: {0}")]
     Protocol(String),
+    /// What a frozen region held here at its moment cannot be had any more.
+    #[error("what {extent} of the frozen region held is gone: {reason}")]
+    Gone {
+        /// Which pages.
+        extent: Extent,
+        /// Why, and what to do about it the next time.
+        reason: &'static str,
+    },
     /// The store was closed.
     #[error("the store is closed")]
     Closed,
@@ -186,6 +194,20 @@ pub enum RegionError {
     MustPause {
         /// Which tracker.
         tracker: crate::TrackerKind,
+    },
+    /// The region cannot be frozen; the text says why and what to do.
+    #[error("the region cannot be frozen: {reason}; {remedy}")]
+    CannotFreeze {
+        /// What was met.
+        reason: String,
+        /// What to do about it.
+        remedy: String,
+    },
+    /// The region is frozen already, at another moment.
+    #[error("region {region:?} is frozen already; clone the other `Frozen`, or drop it first")]
+    AlreadyFrozen {
+        /// Its name.
+        region: String,
     },
     /// The pager of this region has stopped.
     #[error("the pager has stopped; open the region with a new one")]

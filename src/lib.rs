@@ -29,6 +29,7 @@ pub use migrate::{
     AtLimit, Departed, Destination, DestinationBuilder, Gate, GateThread, MoveError, MoveEvent, Moved, Pass, PauseError, Point,
     Source, SourceBuilder, Standby, StandbyOptions, Strategy,
 };
+pub use migrate::{FrozenProgram, Snapshot, SnapshotBuilder, SnapshotError, SnapshotProgress};
 pub use net::{
     Grant, Identity, IdentityError, Peer, PeerBuilder, PeerId, PeerIdError, RemoteStore, Server, ServerBuilder, TransportOptions,
     Trust,
@@ -37,7 +38,7 @@ pub use options::{FaultAround, Loss, LossPolicy, OnLoss, PagerOptions, RegionEve
 pub use page::{Extent, PageSize};
 pub use page_store::{Content, PULL_EXTENT_BYTES, PageStore, Pull, ReadAfterRead, Run};
 pub use pager::Pager;
-pub use region::{Capabilities, Program, Region, RegionBuilder, RegionStore, ResidencySnapshot, Tracking, Written};
+pub use region::{Capabilities, Frozen, Program, Region, RegionBuilder, RegionStore, ResidencySnapshot, Tracking, Written};
 pub use service::{DEFAULT_POLL_BUDGET, Service};
 pub use stats::{HOPS, Hop, Hops, Latency, Stats};
 pub use store::{FileStore, MemoryStore};

@@ -29,6 +29,7 @@ pub struct PagerOptions {
     /// What comes with a fault.
     pub fault_around: FaultAround,
     /// How writes to its regions are followed, if they are ([`Region::track`](crate::Region::track)). Default `None`: the best that the kernel offers, in the order of [`TrackerKind`].
+    /// Regions that a store fills can be [frozen](crate::Region::freeze) only with [`TrackerKind::WpSync`].
     pub tracker: Option<TrackerKind>,
 }
 

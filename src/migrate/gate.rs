@@ -55,12 +55,18 @@ struct Inner {
     let_go: Condvar,
     parked: Notify,
     hooks: Mutex<Hooks>,
+    /// Whether the pause hook was called, and the resume hook was not since; kept while one of them runs.
+    hooked: tokio::sync::Mutex<bool>,
 }
 
 #[derive(Default)]
 struct Threads {
     entered: usize,
     parked: usize,
+    /// By [`Gate::pause`].
+    paused: bool,
+    /// How often by [`Gate::hold`].
+    held: usize,
 }
 
 type Hook = Arc<dyn Fn() -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
@@ -129,7 +135,33 @@ impl Gate {
     /// # Errors
     /// [`PauseError`] after `limit`.
     pub async fn pause(&self, limit: Duration) -> Result<(), PauseError> {
-        self.signal(PAUSE);
+        self.ask(|threads| threads.paused = true);
+        let paused = self.all_parked(limit).await;
+        if paused.is_err() {
+            self.resume().await;
+        }
+        paused
+    }
+
+    /// Lets a paused program run on. A stopped one stays stopped.
+    pub async fn resume(&self) {
+        self.let_go(|threads| threads.paused = false).await;
+    }
+
+    /// As [`pause`](Gate::pause), beside whoever else pauses the program: it runs on when all have let it go, so that nobody lets a program run that another has paused to hand it over.
+    pub(crate) async fn hold(&self, limit: Duration) -> Result<Hold, PauseError> {
+        self.ask(|threads| threads.held += 1);
+        let hold = Hold { gate: Some(self.clone()) };
+        match self.all_parked(limit).await {
+            Ok(()) => Ok(hold),
+            Err(error) => {
+                hold.let_go().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn all_parked(&self, limit: Duration) -> Result<(), PauseError> {
         let all_parked = async {
             loop {
                 let mut parked = std::pin::pin!(self.inner.parked.notified());
@@ -142,49 +174,91 @@ impl Gate {
                 }
                 parked.await;
             }
+            let mut hooked = self.inner.hooked.lock().await;
             let hook = self.inner.hooks.lock().unwrap_or_else(PoisonError::into_inner).pause.clone();
-            if let Some(hook) = hook {
+            if let Some(hook) = hook.filter(|_| !*hooked) {
+                // Before it runs: what it had done when it was given up has to be undone.
+                *hooked = true;
                 hook().await;
             }
         };
         if tokio::time::timeout(limit, all_parked).await.is_ok() {
             return Ok(());
         }
-        let (entered, parked) = {
-            let threads = self.threads();
-            (threads.entered, threads.parked)
-        };
-        self.resume().await;
+        let threads = self.threads();
+        let (entered, parked) = (threads.entered, threads.parked);
         Err(PauseError { running: entered.saturating_sub(parked), entered, limit })
     }
 
-    /// Lets a paused program run on. A stopped one stays stopped.
-    pub async fn resume(&self) {
+    /// Runs the resume hook if nobody else pauses the program, then lets its threads run if so.
+    async fn let_go(&self, change: impl Fn(&mut Threads)) {
+        let mut hooked = self.inner.hooked.lock().await;
+        let last = {
+            let threads = self.threads();
+            let mut then = Threads { entered: 0, parked: 0, ..*threads };
+            change(&mut then);
+            then.runs()
+        };
         let hook = self.inner.hooks.lock().unwrap_or_else(PoisonError::into_inner).resume.clone();
-        if self.inner.signal.load(Ordering::Acquire) == PAUSE
+        if last
+            && *hooked
+            && self.inner.signal.load(Ordering::Acquire) == PAUSE
             && let Some(hook) = hook
         {
             hook().await;
+            *hooked = false;
         }
-        self.signal(RUN);
+        self.ask(change);
     }
 
     /// Lets the threads run at once, without the hook: for a place that cannot wait.
     pub(crate) fn run_on(&self) {
-        self.signal(RUN);
+        self.ask(|threads| threads.paused = false);
     }
 
     /// Tells all threads to leave, for good: the program runs elsewhere, or shall end. [`Source`](super::Source) calls it when the program has moved.
     pub fn stop(&self) {
-        self.signal(STOP);
+        let _threads = self.threads();
+        self.inner.signal.store(STOP, Ordering::Release);
+        self.inner.let_go.notify_all();
     }
 
-    fn signal(&self, signal: u8) {
-        let _threads = self.threads();
+    fn ask(&self, change: impl FnOnce(&mut Threads)) {
+        let mut threads = self.threads();
+        change(&mut threads);
         if self.inner.signal.load(Ordering::Acquire) != STOP {
-            self.inner.signal.store(signal, Ordering::Release);
+            self.inner.signal.store(if threads.runs() { RUN } else { PAUSE }, Ordering::Release);
         }
         self.inner.let_go.notify_all();
+    }
+}
+
+impl Threads {
+    fn runs(&self) -> bool {
+        !self.paused && self.held == 0
+    }
+}
+
+/// A pause beside others. Dropping it lets the threads run without the hook, if nobody else holds them.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    gate: Option<Gate>,
+}
+
+impl Hold {
+    pub(crate) async fn let_go(mut self) {
+        if let Some(gate) = &self.gate {
+            gate.let_go(|threads| threads.held -= 1).await;
+        }
+        self.gate = None;
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if let Some(gate) = &self.gate {
+            gate.ask(|threads| threads.held -= 1);
+        }
     }
 }
 
@@ -303,6 +377,51 @@ mod tests {
         }
         drop(never_passes);
         runtime().block_on(gate.pause(LONG)).unwrap();
+        gate.stop();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+    }
+
+    #[test]
+    fn a_program_that_two_have_paused_runs_on_when_both_have_let_go() {
+        let gate = Gate::new();
+        let calls = Arc::new(Mutex::new(Vec::new()));
+        let (pauses, resumes) = (calls.clone(), calls.clone());
+        gate.hooks(
+            move || {
+                pauses.lock().unwrap().push("pause");
+                async {}
+            },
+            move || {
+                resumes.lock().unwrap().push("resume");
+                async {}
+            },
+        );
+        let (total, threads) = counters(&gate, 2);
+        let runtime = runtime();
+        for hold_first in [true, false] {
+            let hold = runtime.block_on(gate.hold(LONG)).unwrap();
+            runtime.block_on(gate.pause(LONG)).unwrap();
+            let before = total.load(Ordering::Relaxed);
+            let stands_still = || {
+                for _ in 0..20 {
+                    std::thread::yield_now();
+                }
+                assert_eq!(total.load(Ordering::Relaxed), before, "one let it run while the other had paused it");
+            };
+            if hold_first {
+                runtime.block_on(hold.let_go());
+                stands_still();
+                runtime.block_on(gate.resume());
+            } else {
+                runtime.block_on(gate.resume());
+                stands_still();
+                runtime.block_on(hold.let_go());
+            }
+            while total.load(Ordering::Relaxed) == before {
+                std::thread::yield_now();
+            }
+        }
+        assert_eq!(*calls.lock().unwrap(), ["pause", "resume", "pause", "resume"]);
         gate.stop();
         threads.into_iter().for_each(|thread| thread.join().unwrap());
     }

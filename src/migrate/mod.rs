@@ -16,6 +16,7 @@ mod owed;
 mod points;
 mod rounds;
 mod shared;
+mod snapshot;
 mod source;
 mod stand;
 mod standby;
@@ -28,6 +29,7 @@ use thiserror::Error;
 
 pub use destination::{Destination, DestinationBuilder, Moved};
 pub use gate::{Gate, GateThread, Pass, PauseError};
+pub use snapshot::{FrozenProgram, Snapshot, SnapshotBuilder, SnapshotError, SnapshotProgress};
 pub use source::{Departed, Source, SourceBuilder};
 pub use standby::{Point, Standby};
 pub use strategy::{AtLimit, StandbyOptions, Strategy};

@@ -9,6 +9,7 @@ use super::{
     address_map::{AddressMap, RegionId, Segment},
     children::Children,
     core::{Core, Decision, Origin},
+    freezing::Freezing,
     installer::Installer,
     place::{Again, Owned, Wakes, page_len},
     requests::{Ask, Asks},
@@ -111,6 +112,8 @@ pub(crate) struct Entry {
     pub(super) mapping: Weak<Mapping>,
     /// While its writes are followed.
     pub(super) tracking: Option<Tracking>,
+    /// While what it held at a moment is kept.
+    pub(super) freezing: Option<Freezing>,
 }
 
 impl Entry {
@@ -124,7 +127,8 @@ impl Entry {
         mapping: Weak<Mapping>,
     ) -> Entry {
         let (outage, any_lost, changed) = (Outage::default(), Arc::default(), Arc::new(Notify::new()));
-        Entry { name, core, store, loss, outage, cause: None, any_lost, counters, events, changed, mapping, tracking: None }
+        let (tracking, freezing) = (None, None);
+        Entry { name, core, store, loss, outage, cause: None, any_lost, counters, events, changed, mapping, tracking, freezing }
     }
 
     pub(crate) fn residency(&self) -> &Residency {
@@ -133,7 +137,8 @@ impl Entry {
 
     /// Bytes of memory that its pages' state takes.
     pub(crate) fn heap_bytes(&self) -> usize {
-        self.residency().heap_bytes() + self.tracking.as_ref().map_or(0, Tracking::heap_bytes)
+        let freezing = self.freezing.as_ref().map_or(0, |freezing| freezing.moment.heap_bytes());
+        self.residency().heap_bytes() + self.tracking.as_ref().map_or(0, Tracking::heap_bytes) + freezing
     }
 
     /// The first extent inside `within` that was given up, and why.
@@ -371,6 +376,9 @@ impl Engine {
                 (start, len)
             }
             Message::Remap { from, to, len } => {
+                for (_, segment) in state.map.within(from as u64, len as u64) {
+                    state.regions.get_mut(&segment.region).into_iter().for_each(|entry| entry.lose(segment.extent));
+                }
                 state.map.relocate(from as u64, to as u64, len as u64);
                 (from, len)
             }
@@ -384,6 +392,7 @@ impl Engine {
     fn discarded(&self, state: &mut State, id: RegionId, extent: Extent, in_doubt: bool) {
         if let Some(entry) = state.regions.get_mut(&id) {
             entry.core.discarded(extent);
+            entry.lose(extent);
             if let Some(tracking) = &mut entry.tracking {
                 tracking.written.wrote(extent);
                 if in_doubt {
@@ -431,8 +440,14 @@ impl Engine {
                 let _ = state.regions.get(&id).map(|entry| entry.events.send(event));
                 self.poison(state, id, extent);
             }
-            if let Some(entry) = state.regions.get(&id) {
+            if let Some(entry) = state.regions.get_mut(&id) {
                 entry.changed.notify_waiters();
+                entry.freezing.iter_mut().for_each(Freezing::forget_readers);
+            }
+            // Of those who wait to write, the messages may be lost: they fault again, and send new ones.
+            for (address, extent) in state.map.locate(id, all) {
+                #[allow(clippy::cast_possible_truncation, reason = "addresses of this process fit usize")]
+                self.uffd.wake(address as usize, page_len(self.page, extent.count()));
             }
         }
     }

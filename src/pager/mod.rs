@@ -2,7 +2,7 @@
 //!
 //! Role: hops *fault*, *decide*, *request*, *reply*, *install*, *wake* of a page's journey. Neighbours: `region` joins it; stores are asked through
 //! [`PageStore`](crate::PageStore); `sys` makes the calls. Invariants: S1-S4 of docs/safety.md; pure decisions in `core`, `residency`, `around`,
-//! `address_map`, `retry`, `written`; everything else runs on the service's thread.
+//! `address_map`, `retry`, `written`, `moment`; everything else runs on the service's thread.
 
 mod address_map;
 mod around;
@@ -10,13 +10,16 @@ mod children;
 mod core;
 mod engine;
 mod fetch;
+mod freezing;
 mod install;
 mod installer;
 pub(crate) mod model;
+mod moment;
 mod place;
 mod requests;
 mod residency;
 mod retry;
+mod saver;
 #[cfg(test)]
 mod tests;
 mod tracker;
@@ -34,6 +37,8 @@ pub(crate) use address_map::RegionId;
 pub(crate) use around::Around;
 pub(crate) use core::Core;
 pub(crate) use engine::{Engine, Entry};
+pub(crate) use freezing::{Keeping, Look};
+pub(crate) use moment::{Gone, Kept};
 
 /// Answers the page faults of any number of regions on one OS thread of its own. Cheap to clone; ends with its last clone and
 /// last region.
@@ -90,6 +95,13 @@ impl Pager {
     pub fn shared() -> Result<Pager, RegionError> {
         static SHARED: OnceLock<Result<Pager, RegionError>> = OnceLock::new();
         SHARED.get_or_init(|| Pager::start(&PagerOptions::default())).clone()
+    }
+
+    /// The pager that plain regions are with while they are frozen, unless their own can do that: one for the whole process, as [`Pager::shared`] is.
+    pub(crate) fn freezing() -> Result<Pager, RegionError> {
+        static FREEZING: OnceLock<Result<Pager, RegionError>> = OnceLock::new();
+        let options = PagerOptions { tracker: Some(TrackerKind::WpSync), ..PagerOptions::default() };
+        FREEZING.get_or_init(|| Pager::start(&options)).clone()
     }
 
     /// The thread it runs on.

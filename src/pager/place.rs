@@ -96,12 +96,27 @@ impl Engine {
         what: Owned,
         origin: Origin,
     ) {
+        let frozen = region.and_then(|id| state.regions.get(&id)).is_some_and(|entry| entry.freezing.is_some());
+        if frozen && extent.count() > 1 && matches!(what, Owned::Zeros) {
+            // What is noted as zeros must be known page by page.
+            for (page, at) in extent.pages().zip((address..).step_by(self.page.len())) {
+                self.put(state, region, at, Extent::page(page), Owned::Zeros, origin);
+            }
+            return;
+        }
         let start = Instant::now();
         let asleep = state.wakes.later && matches!(what, Owned::Bytes(_));
         let tracking = region.and_then(|id| state.regions.get(&id)).and_then(|entry| entry.tracking.as_ref());
         // What was brought is no write: it comes protected, so that the first write to it is seen.
-        let protect = tracking.is_some_and(Tracking::traps_writes);
-        let filled = fill(&self.uffd, self.page, address, what.fill(self.page, extent.count(), !asleep, protect));
+        let protect = frozen || tracking.is_some_and(Tracking::traps_writes);
+        let mut filled = fill(&self.uffd, self.page, address, what.fill(self.page, extent.count(), !asleep, protect));
+        let mut untrapped = matches!(what, Owned::Zeros);
+        if protect && filled.already_here > 0 && extent.count() == 1 && matches!(what, Owned::Zeros) {
+            // It may be a mark that is there: the page was dropped after it had come, and protected in between. A copy takes the place of a mark, and of no page.
+            let bytes = &vec![0; self.page.len()];
+            filled = fill(&self.uffd, self.page, address, Fill::Bytes { bytes, wake: true, protect });
+            untrapped = false;
+        }
         let Filled { again_from, already_here, gone, failed, calls } = filled;
         let stopped = again_from.or(failed.map(|(from, _)| from));
         let done = stopped.map_or(extent.count(), |from| self.page.page_of(from as u64));
@@ -125,12 +140,6 @@ impl Engine {
                 (Owned::Bytes(_), Origin::Around) => add(&counters.pages_around, installed),
                 (Owned::Bytes(_), Origin::Pull) => add(&counters.pages_pull, installed),
             }
-            if let Owned::Zeros = what
-                && let Some(tracking) = &mut entry.tracking
-            {
-                // The kernel installs no protected page of zeros, so a write to it may go unseen.
-                tracking.written.wrote(now);
-            }
             if !matches!(what, Owned::Poison) {
                 entry.core.installed(now);
                 counters.hops.hop(crate::Hop::Install).record(start.elapsed());
@@ -138,6 +147,15 @@ impl Engine {
             if again_from.is_some() {
                 add(&counters.installs_again, 1);
                 entry.core.postponed(rest);
+            }
+            // The kernel installs no protected page of zeros, so a write to it may go unseen.
+            if untrapped {
+                entry.come_as_zeros(now);
+            }
+            if let Owned::Zeros = what
+                && let Some(tracking) = &mut entry.tracking
+            {
+                tracking.written.wrote(now);
             }
         }
         if again_from.is_some() {

@@ -204,3 +204,58 @@ fn a_fault_that_was_read_ahead_is_served() {
     assert_eq!(peek(&region, 4), Ok(vec![5; PAGE]));
     assert_eq!(faulting.join().unwrap(), Ok(vec![4; PAGE]));
 }
+
+#[test]
+fn after_a_panic_of_the_loop_whoever_waits_to_write_goes_on_and_the_page_is_held() {
+    let Some(_) = open() else { return };
+    let pager = Pager::start(&PagerOptions { tracker: Some(crate::TrackerKind::WpSync), ..PagerOptions::default() }).unwrap();
+    let bytes: Vec<u8> = (0..PAGES * PAGE).map(|at| (at / PAGE) as u8 + 1).collect();
+    let store = MemoryStore::from_bytes(bytes, PageSize::KIB_4);
+    let filled = Region::builder().store(store).pager(&pager).open().unwrap();
+    let plain = Region::builder().size((PAGES * PAGE) as u64).pager(&pager).open().unwrap();
+    plain.write_at(0, &[1; PAGE]).unwrap();
+    filled.populate_blocking(0..(PAGES * PAGE) as u64).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    for region in [plain, filled] {
+        let frozen = region.freeze(crate::Program::Paused).unwrap();
+        pager.engine().panic_next.store(true, Relaxed);
+        // Its message is lost with the panic, and it sends another.
+        region.write_at(0, &[9; PAGE]).unwrap();
+        assert!(!pager.engine().panic_next.load(Relaxed), "there was no panic");
+        let mut page = vec![0; PAGE];
+        runtime.block_on(crate::PageStore::read_into(&frozen, Extent::page(0), &mut page)).unwrap();
+        assert_eq!(page, [1; PAGE]);
+    }
+}
+
+/// The kernel dropped it after the pager had put zeros there, which it does when it tells of a discard before that: so it is protected while nothing is there, and the kernel refuses
+/// to fill it with zeros then.
+#[test]
+fn a_page_that_was_dropped_late_reads_as_zeros_when_it_was_protected_meanwhile() {
+    let Some((_, store, _)) = open() else { return };
+    store.open();
+    let pager = Pager::start(&PagerOptions { tracker: Some(crate::TrackerKind::WpSync), ..PagerOptions::default() }).unwrap();
+    let region = Region::builder().store(store).pager(&pager).open().unwrap();
+    region.populate_blocking(0..(PAGES * PAGE) as u64).unwrap();
+    let discard = |page: usize| region.discard((page * PAGE) as u64..((page + 1) * PAGE) as u64).unwrap();
+    let engine = pager.engine();
+    let (id, _) = engine.lock().map.find(address_of(&region, 0) as u64).unwrap();
+    let dropped_late = |page: u64| {
+        discard(page as usize);
+        engine.with_entry(id, |entry| entry.core.installed(Extent::page(page)));
+    };
+    dropped_late(3);
+    let tracking = region.track().unwrap();
+    assert_eq!(peek(&region, 3), Ok(vec![0; PAGE]));
+    tracking.take(crate::Program::Paused).unwrap().acknowledge();
+    dropped_late(4);
+    dropped_late(5);
+    let frozen = region.freeze(crate::Program::Paused).unwrap();
+    region.write_at(4 * PAGE as u64, &[9; PAGE]).unwrap();
+    assert_eq!(peek(&region, 5), Ok(vec![0; PAGE]));
+    region.write_at(5 * PAGE as u64, &[9; PAGE]).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let mut held = vec![1; 4 * PAGE];
+    runtime.block_on(crate::PageStore::read_into(&frozen, Extent::between(3, 7), &mut held)).unwrap();
+    assert_eq!(held, [vec![0; 3 * PAGE], vec![7; PAGE]].concat());
+}

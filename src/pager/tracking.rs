@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     Extent, PageSize, RegionError, TrackerKind,
-    sys::{Features, Mapping, Pagemap, Stop, Trap},
+    sys::{Features, Mapping, Pagemap, Trap},
 };
 
 /// What an entry has while its writes are followed.
@@ -21,6 +21,8 @@ pub(super) struct Tracking {
     tracker: Box<dyn Tracker>,
     pub(super) written: Written,
     filled_from_a_store: bool,
+    /// All of it was armed.
+    armed: bool,
 }
 
 /// How much is looked at under one lock, so that a fault waits behind no more than that.
@@ -30,6 +32,11 @@ impl Tracking {
     /// Whether what is installed can be and must be protected.
     pub(super) fn traps_writes(&self) -> bool {
         matches!(self.tracker.trap(self.filled_from_a_store), Some(Trap::Writes | Trap::MissingAndWrites))
+    }
+
+    /// Whether every page that is not in `written` is protected, and sends a message before it is written.
+    pub(super) fn is_told_of_writes(&self) -> bool {
+        self.armed && self.tracker.kind() == TrackerKind::WpSync
     }
 
     pub(super) fn heap_bytes(&self) -> usize {
@@ -133,7 +140,8 @@ impl Engine {
                 }
             }
             if let Some(entry) = state.regions.get_mut(&id) {
-                entry.tracking = Some(Tracking { tracker, written: Written::new(all.count()), filled_from_a_store });
+                let written = Written::new(all.count());
+                entry.tracking = Some(Tracking { tracker, written, filled_from_a_store, armed: false });
             }
             all
         };
@@ -144,6 +152,7 @@ impl Engine {
                 tracking.tracker.arm(&self.uffd, piece, &mut tracking.written)
             });
         }
+        self.with_entry(id, |entry| entry.tracking.iter_mut().for_each(|tracking| tracking.armed = true));
         Ok(kind)
     }
 
@@ -152,6 +161,10 @@ impl Engine {
         let Some(all) = self.with_entry(id, |entry| entry.core.residency().extent()) else { return };
         for step in self.steps(all) {
             let mut state = self.lock_caught_up();
+            if state.regions.get(&id).is_some_and(|entry| entry.freezing.is_some()) {
+                // What is protected stays so: its writers are let go by their messages.
+                break;
+            }
             pieces(&mut state, id, step, self.page, |tracking, piece| tracking.tracker.disarm(&self.uffd, piece));
         }
         let mut state = self.lock();
@@ -267,25 +280,6 @@ impl Engine {
         }
     }
 
-    /// A thread waits to write a protected page: counts it as written, then lets the thread go.
-    pub(super) fn let_write(&self, state: &mut State, address: usize) {
-        let address = address & !(self.page.len() - 1);
-        if let Some((id, page)) = state.map.find(address as u64)
-            && let Some(tracking) = state.regions.get_mut(&id).and_then(|entry| entry.tracking.as_mut())
-        {
-            tracking.written.wrote(Extent::page(page));
-        }
-        match self.uffd.write_protect(address, self.page.len(), false) {
-            None => {}
-            Some(Stop::Again) => {
-                state.write_again.push(address);
-                self.settle.notify_one();
-            }
-            // Unmapped or moved meanwhile: the writer looks again what is there.
-            Some(_) => self.uffd.wake(address, self.page.len()),
-        }
-    }
-
     /// Makes pages of plain memory hold something, where the tracker needs that. Memory that a store fills is not touched (S2).
     fn touch(&self, id: RegionId, within: Extent, only_written: bool) {
         let look = |entry: &mut Entry| {
@@ -297,13 +291,13 @@ impl Engine {
         self.touch_pages(&mapping, &extents);
     }
 
-    fn touch_pages(&self, mapping: &Mapping, extents: &[Extent]) {
+    pub(super) fn touch_pages(&self, mapping: &Mapping, extents: &[Extent]) {
         for page in extents.iter().flat_map(|extent| extent.pages()) {
             let _ = mapping.read_at(self.page.offset_of(page), &mut [0]);
         }
     }
 
-    fn steps(&self, all: Extent) -> impl Iterator<Item = Extent> + use<> {
+    pub(super) fn steps(&self, all: Extent) -> impl Iterator<Item = Extent> + use<> {
         all.chunks((STEP_BYTES / self.page.bytes()).max(1))
     }
 }

@@ -22,7 +22,7 @@ pub(crate) struct Upstream {
 impl Region {
     /// Whether no store fills it.
     pub(crate) fn is_plain(&self) -> bool {
-        self.inner.paged.get().is_none()
+        self.paged().is_none()
     }
 
     /// Puts pages in place, over what was there. Before [`attach`](Region::attach) only.
@@ -49,7 +49,10 @@ impl Region {
         let around = Around::new(around.base_pages, around.max_pages);
         let core = Core::lacking(self.extent().count(), lacking, around, pager.options().max_in_flight_pages);
         let paged = Paged::join(self.name(), self.mapping(), pager, core, store, loss, Some(Trap::Missing))?;
-        self.inner.paged.set(paged).map_err(|_| RegionError::System { call: "attaching a region", source: Arc::new(already()) })
+        self.inner
+            .paged
+            .set(Arc::new(paged))
+            .map_err(|_| RegionError::System { call: "attaching a region", source: Arc::new(already()) })
     }
 }
 
@@ -74,7 +77,7 @@ impl WeakRegion {
 
     fn paged(&self) -> Option<(std::sync::Weak<Engine>, crate::pager::RegionId)> {
         let region = self.upgrade()?;
-        let paged = region.inner.paged.get()?;
+        let paged = region.paged()?;
         Some((Arc::downgrade(paged.pager.engine()), paged.id))
     }
 }

@@ -11,7 +11,7 @@ use crate::{
 };
 use std::{
     num::NonZeroUsize,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock},
 };
 
 /// See [`Region::builder`].
@@ -158,8 +158,9 @@ impl RegionBuilder {
                 page,
                 fixed: self.address.is_some(),
                 mapping: Some(mapping),
-                paged: paged.map_or_else(OnceLock::new, OnceLock::from),
-                followed: OnceLock::new(),
+                paged: paged.map(Arc::new).map_or_else(OnceLock::new, OnceLock::from),
+                followed: Mutex::default(),
+                changing: Mutex::default(),
                 follower: self.pager,
             }),
         })

@@ -7,6 +7,7 @@ mod arrival;
 mod buffers;
 mod builder;
 mod capabilities;
+mod frozen;
 mod serve;
 mod tracking;
 
@@ -20,7 +21,7 @@ use std::{
     mem::ManuallyDrop,
     ops::Range,
     sync::{
-        Arc, OnceLock, Weak,
+        Arc, Mutex, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
 };
@@ -29,6 +30,7 @@ use tokio::sync::broadcast;
 pub(crate) use arrival::Upstream;
 pub use builder::RegionBuilder;
 pub use capabilities::Capabilities;
+pub use frozen::Frozen;
 pub use serve::RegionStore;
 pub use tracking::{Program, Tracking, Written};
 
@@ -80,9 +82,11 @@ struct Inner {
     /// `None` only while the drop unmaps it.
     mapping: Option<Arc<Mapping>>,
     /// With a store: from the beginning, or from when its program arrived.
-    paged: OnceLock<Paged>,
-    /// Of a region without a store, from when its writes are first followed.
-    followed: OnceLock<Paged>,
+    paged: OnceLock<Arc<Paged>>,
+    /// Of a region without a store, while its writes are followed, or it is frozen.
+    followed: Mutex<Option<Arc<Paged>>>,
+    /// Held while that changes.
+    changing: Mutex<()>,
     /// Who is to follow them.
     follower: Option<Pager>,
 }
@@ -96,6 +100,16 @@ struct Paged {
     events: broadcast::Sender<RegionEvent>,
     /// Whether a discard shall say when it is done.
     tracked: AtomicBool,
+    /// Whether a discard shall first have kept what it discards.
+    frozen: AtomicBool,
+    /// Whether the region leaves when it is neither.
+    guest: bool,
+}
+
+impl std::fmt::Debug for Paged {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Paged").field("pager", &self.pager).field("id", &self.id).finish_non_exhaustive()
+    }
 }
 
 /// Receivers of region events that fall this far behind miss the oldest.
@@ -118,7 +132,8 @@ impl Paged {
         let any_lost = entry.any_lost.clone();
         let joined = pager.engine().join(mapping.address(), entry, trap);
         let id = joined.map_err(|error| RegionError::system("registering with userfaultfd", error))?;
-        Ok(Paged { pager, id, counters, any_lost, events, tracked: AtomicBool::new(false) })
+        let (tracked, frozen) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Paged { pager, id, counters, any_lost, events, tracked, frozen, guest: false })
     }
 }
 
@@ -249,7 +264,7 @@ impl Region {
     /// [`RegionError::OutOfRange`], [`RegionError::Lost`].
     pub async fn populate(&self, range: Range<u64>) -> Result<(), RegionError> {
         let within = self.pages_of(range)?;
-        let Some(paged) = self.inner.paged.get() else { return Ok(()) };
+        let Some(paged) = self.paged() else { return Ok(()) };
         let (engine, id) = (paged.pager.engine().clone(), paged.id);
         // On the service: the requests belong to its runtime, the waiting task may be the caller's.
         paged.pager.service().spawn(engine.populate(id, within)).await.map_err(|_| RegionError::PagerStopped)?
@@ -261,7 +276,7 @@ impl Region {
     /// As for [`populate`](Region::populate), and [`RegionError::PagerStopped`] on the pager's own thread, which would wait for itself.
     pub fn populate_blocking(&self, range: Range<u64>) -> Result<(), RegionError> {
         let within = self.pages_of(range)?;
-        let Some(paged) = self.inner.paged.get() else { return Ok(()) };
+        let Some(paged) = self.paged() else { return Ok(()) };
         let (engine, id) = (paged.pager.engine().clone(), paged.id);
         paged.pager.service().run(engine.populate(id, within)).unwrap_or(Err(RegionError::PagerStopped))
     }
@@ -278,7 +293,7 @@ impl Region {
 
     /// As [`pull`](Region::pull), without holding the region: dropping its last handle ends the pull.
     pub(crate) fn pull_owned(&self) -> impl Future<Output = Result<(), RegionError>> + Send + use<> {
-        let pull = self.inner.paged.get().map(|paged| {
+        let pull = self.paged().map(|paged| {
             let pull = Engine::pull(Arc::downgrade(paged.pager.engine()), paged.id);
             paged.pager.service().spawn(pull)
         });
@@ -312,9 +327,17 @@ impl Region {
         }
         let len = usize::try_from(extent.bytes(self.inner.page)).unwrap_or(usize::MAX);
         let offset = self.inner.page.offset_of(extent.first());
-        let Some(joined) = self.joined().filter(|joined| joined.tracked.load(Ordering::Acquire)) else {
+        let Some(joined) = self.joined() else { return self.mapping().discard(offset, len) };
+        if joined.frozen.load(Ordering::Acquire) {
+            if self.paged().is_some() {
+                // What is lost by then is an error to whoever reads the moment.
+                let _ = self.populate_blocking(offset..offset + len as u64);
+            }
+            joined.pager.engine().save(joined.id, self.mapping().address(), extent);
+        }
+        if !joined.tracked.load(Ordering::Acquire) {
             return self.mapping().discard(offset, len);
-        };
+        }
         #[allow(clippy::cast_possible_truncation, reason = "inside the mapping")]
         let start = self.mapping().address() + offset as usize;
         joined.pager.engine().discarding(joined.id, start, len);
@@ -335,7 +358,7 @@ impl Region {
             })
         };
         let all = ResidencySnapshot { pages, resident: pages, discarded: 0, lost: 0 };
-        self.inner.paged.get().and_then(look).unwrap_or(all)
+        self.paged().and_then(look).unwrap_or(all)
     }
 
     /// The extents that hold their data here, in order.
@@ -345,32 +368,36 @@ impl Region {
         let look = |paged: &Paged| {
             paged.pager.engine().with_entry(paged.id, |entry| entry.residency().resident(all).collect::<Vec<Extent>>())
         };
-        self.inner.paged.get().and_then(look).unwrap_or_else(|| vec![all])
+        self.paged().and_then(look).unwrap_or_else(|| vec![all])
     }
 
     /// What happened so far. All zero for a region without a store.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.inner.paged.get().map(|paged| paged.counters.snapshot()).unwrap_or_default()
+        self.paged().map(|paged| paged.counters.snapshot()).unwrap_or_default()
     }
 
     /// Latency by hop; `None` for a region without a store.
     #[must_use]
     pub fn hops(&self) -> Option<&Hops> {
-        self.inner.paged.get().map(|paged| &paged.counters.hops)
+        self.paged().map(|paged| &paged.counters.hops)
     }
 
     /// Bytes of memory that following this region's pages takes, beside the pages themselves.
     #[must_use]
     pub fn overhead_bytes(&self) -> usize {
         let look = |paged: &Paged| paged.pager.engine().with_entry(paged.id, |entry| entry.heap_bytes());
-        self.joined().and_then(look).unwrap_or(0) + size_of::<Inner>() + size_of::<Counters>()
+        self.joined().as_deref().and_then(look).unwrap_or(0) + size_of::<Inner>() + size_of::<Counters>()
     }
 
     /// News of this region from now on. A receiver that falls 64 events behind misses the oldest.
     #[must_use]
     pub fn events(&self) -> broadcast::Receiver<RegionEvent> {
-        self.inner.paged.get().map_or_else(|| broadcast::channel(1).1, |paged| paged.events.subscribe())
+        self.paged().map_or_else(|| broadcast::channel(1).1, |paged| paged.events.subscribe())
+    }
+
+    fn paged(&self) -> Option<&Paged> {
+        self.inner.paged.get().map(Arc::as_ref)
     }
 
     fn mapping(&self) -> &Arc<Mapping> {
@@ -388,7 +415,7 @@ impl Region {
     }
 
     fn refuse_lost(&self, offset: u64, len: usize) -> Result<(), RegionError> {
-        let Some(paged) = self.inner.paged.get() else { return Ok(()) };
+        let Some(paged) = self.paged() else { return Ok(()) };
         if !paged.any_lost.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -410,7 +437,8 @@ impl std::fmt::Debug for Region {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        let (mapping, Some(paged)) = (self.mapping.take(), self.paged.take().or_else(|| self.followed.take())) else { return };
+        let followed = self.followed.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        let (mapping, Some(paged)) = (self.mapping.take(), self.paged.take().or(followed)) else { return };
         let Some((start, len)) = mapping.as_ref().map(|mapping| (mapping.address(), mapping.len())) else { return };
         let on_its_thread = paged.pager.service().is_current();
         paged.pager.engine().leave(paged.id, start, len);

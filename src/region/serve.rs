@@ -37,7 +37,7 @@ impl RegionStore {
     }
 }
 
-fn store_error(operation: &'static str, extent: Extent, error: RegionError) -> StoreError {
+pub(super) fn store_error(operation: &'static str, extent: Extent, error: RegionError) -> StoreError {
     match error {
         RegionError::Store(error) | RegionError::Lost { cause: error, .. } => error,
         other => StoreError::Io { operation, extent, source: Arc::new(io::Error::other(other)) },
@@ -63,7 +63,7 @@ impl PageStore for RegionStore {
         let len = usize::try_from(extent.bytes(page)).unwrap_or(usize::MAX);
         let offset = page.offset_of(extent.first());
         let failed = |error| store_error("reading a region", extent, error);
-        let bytes = if self.region.inner.paged.get().is_none() {
+        let bytes = if self.region.is_plain() {
             self.buffers.fill(len, |into| self.region.mapping().read_live(offset, into)).map_err(failed)?
         } else {
             self.region.populate(offset..offset + len as u64).await.map_err(failed)?;

@@ -8,8 +8,9 @@ use crate::{
     Extent, LossPolicy, Pager, RegionError, TrackerKind,
     pager::{Around, Core},
     store::MemoryStore,
+    sys::Trap,
 };
-use std::sync::{Arc, Mutex, PoisonError, atomic::Ordering};
+use std::sync::{Arc, MutexGuard, PoisonError, atomic::Ordering};
 
 /// Whether the program may write while it is asked what it wrote.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +42,7 @@ pub enum Program {
 #[derive(Debug)]
 pub struct Tracking {
     region: Region,
+    joined: Arc<Paged>,
     kind: TrackerKind,
 }
 
@@ -48,7 +50,9 @@ pub struct Tracking {
 #[derive(Debug)]
 #[must_use = "dropping it puts the pages back, to be taken again"]
 pub struct Written {
-    region: Region,
+    /// Keeps the memory.
+    _region: Region,
+    joined: Arc<Paged>,
     extents: Vec<Extent>,
 }
 
@@ -61,35 +65,63 @@ impl Region {
     /// # Errors
     /// [`RegionError::NoTracker`] with the remedy, [`RegionError::AlreadyTracked`], [`RegionError::NoUserfaultfd`], [`RegionError::System`].
     pub fn track(&self) -> Result<Tracking, RegionError> {
+        let _changing = self.changing();
         let joined = match self.joined() {
             Some(joined) => joined,
             None => self.follow()?,
         };
-        let kind = joined.pager.engine().track(joined.id, self.inner.paged.get().is_some())?;
+        self.track_by(joined)
+    }
+
+    /// The caller holds [`changing`](Region::changing).
+    pub(super) fn track_by(&self, joined: Arc<Paged>) -> Result<Tracking, RegionError> {
+        let kind = joined.pager.engine().track(joined.id, self.paged().is_some())?;
         joined.tracked.store(true, Ordering::Release);
         tracing::debug!(region = self.name(), %kind, "following writes");
-        Ok(Tracking { region: self.clone(), kind })
+        Ok(Tracking { region: self.clone(), joined, kind })
     }
 
     /// What a pager knows it by.
-    pub(super) fn joined(&self) -> Option<&Paged> {
-        self.inner.paged.get().or_else(|| self.inner.followed.get())
+    pub(super) fn joined(&self) -> Option<Arc<Paged>> {
+        let followed = || self.inner.followed.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.inner.paged.get().cloned().or_else(followed)
     }
 
-    /// Joins a pager that has nothing to fill.
-    fn follow(&self) -> Result<&Paged, RegionError> {
-        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-        let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(joined) = self.inner.followed.get() {
-            return Ok(joined);
-        }
+    /// Held while it joins a pager or leaves one.
+    pub(super) fn changing(&self) -> MutexGuard<'_, ()> {
+        self.inner.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Joins the pager that follows it.
+    fn follow(&self) -> Result<Arc<Paged>, RegionError> {
         let pager = self.inner.follower.clone().map_or_else(Pager::shared, Ok)?;
         let trap = pager.engine().trap_of_plain_memory()?;
+        self.join_plain(pager, trap, false)
+    }
+
+    /// Joins a pager that has nothing to fill. `guest`: for as long as it is followed or frozen.
+    pub(super) fn join_plain(&self, pager: Pager, trap: Option<Trap>, guest: bool) -> Result<Arc<Paged>, RegionError> {
         let core = Core::new(self.extent().count(), true, Around::new(1, 1), 1);
         // Never asked: no page is missing.
         let store = Arc::new(MemoryStore::zeroed(self.size_bytes(), self.page_size()));
-        let joined = Paged::join(self.name(), self.mapping(), pager, core, store, LossPolicy::default(), trap)?;
-        Ok(self.inner.followed.get_or_init(|| joined))
+        let mut joined = Paged::join(self.name(), self.mapping(), pager, core, store, LossPolicy::default(), trap)?;
+        joined.guest = guest;
+        let joined = Arc::new(joined);
+        *self.inner.followed.lock().unwrap_or_else(PoisonError::into_inner) = Some(joined.clone());
+        Ok(joined)
+    }
+
+    /// Leaves the pager that follows it. The caller holds [`changing`](Region::changing), and nobody follows it or keeps it frozen.
+    pub(super) fn part(&self) {
+        let followed = self.inner.followed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        followed.inspect(|joined| joined.pager.engine().part(joined.id, self.mapping().address(), self.mapping().len()));
+    }
+
+    /// Leaves a pager that it is with for as long as it is followed or frozen, if that is over. The caller holds [`changing`](Region::changing).
+    pub(super) fn part_if_idle(&self, joined: &Paged) {
+        if joined.guest && !joined.tracked.load(Ordering::Acquire) && !joined.frozen.load(Ordering::Acquire) {
+            self.part();
+        }
     }
 }
 
@@ -116,18 +148,17 @@ impl Tracking {
     /// # Errors
     /// [`RegionError::MustPause`] if this tracker cannot be asked while the program runs; [`RegionError::System`].
     pub fn take(&self, program: Program) -> Result<Written, RegionError> {
-        let joined = self.region.joined().ok_or(RegionError::PagerStopped)?;
-        let extents = joined.pager.engine().take_written(joined.id, program == Program::Paused)?;
-        Ok(Written { region: self.region.clone(), extents })
+        let extents = self.joined.pager.engine().take_written(self.joined.id, program == Program::Paused)?;
+        Ok(Written { _region: self.region.clone(), joined: self.joined.clone(), extents })
     }
 }
 
 impl Drop for Tracking {
     fn drop(&mut self) {
-        if let Some(joined) = self.region.joined() {
-            joined.tracked.store(false, Ordering::Release);
-            joined.pager.engine().untrack(joined.id);
-        }
+        let _changing = self.region.changing();
+        self.joined.tracked.store(false, Ordering::Release);
+        self.joined.pager.engine().untrack(self.joined.id);
+        self.region.part_if_idle(&self.joined);
     }
 }
 
@@ -152,10 +183,8 @@ impl Written {
 
 impl Drop for Written {
     fn drop(&mut self) {
-        if !self.extents.is_empty()
-            && let Some(joined) = self.region.joined()
-        {
-            joined.pager.engine().give_back_written(joined.id, &self.extents);
+        if !self.extents.is_empty() {
+            self.joined.pager.engine().give_back_written(self.joined.id, &self.extents);
         }
     }
 }

@@ -192,21 +192,12 @@ impl Mapping {
     /// signal when the program unmapped or protected part of the range. All pages must be resident (S2).
     pub(crate) fn read_live(&self, offset: u64, into: &mut [u8]) -> Result<(), RegionError> {
         let address = self.range(offset, into.len())?;
-        let me = nix::unistd::Pid::this();
-        let mut done = 0;
-        while done < into.len() {
-            let remote = [nix::sys::uio::RemoteIoVec { base: address + done, len: into.len() - done }];
-            let mut local = [std::io::IoSliceMut::new(&mut into[done..])];
-            match nix::sys::uio::process_vm_readv(me, &mut local, &remote) {
-                Ok(0) => return Err(RegionError::system("process_vm_readv", Errno::EFAULT)),
-                Ok(n) => done += n,
-                Err(Errno::EINTR) => {}
-                // A seccomp profile may forbid the call; the atomic copy reads the same bytes.
-                Err(Errno::EPERM | Errno::ENOSYS) => return self.read_at(offset, into),
-                Err(errno) => return Err(RegionError::system("process_vm_readv", errno)),
-            }
+        match read_live_at(address, into) {
+            Ok(()) => Ok(()),
+            // A seccomp profile may forbid the call; the atomic copy reads the same bytes.
+            Err(Errno::EPERM | Errno::ENOSYS) => self.read_at(offset, into),
+            Err(errno) => Err(RegionError::system("process_vm_readv", errno)),
         }
-        Ok(())
     }
 
     /// Gives pages back to the kernel: they read as zeros afterwards (`MADV_DONTNEED`, madvise(2)). `extent` in bytes, whole pages.
@@ -257,6 +248,24 @@ impl Mapping {
         unsafe { nix::sys::mman::mprotect(start, len, ProtFlags::PROT_NONE) }
             .map_err(|errno| RegionError::system("mprotect", errno))
     }
+}
+
+/// Lets the kernel copy bytes out of this process, from any address (process_vm_readv(2)): what cannot be read is EFAULT and no signal. Whoever reads by number alone keeps no
+/// mapping from ending. It waits like any access where the memory is registered and a page is missing.
+pub(crate) fn read_live_at(address: usize, into: &mut [u8]) -> Result<(), Errno> {
+    let me = nix::unistd::Pid::this();
+    let mut done = 0;
+    while done < into.len() {
+        let remote = [nix::sys::uio::RemoteIoVec { base: address + done, len: into.len() - done }];
+        let mut local = [std::io::IoSliceMut::new(&mut into[done..])];
+        match nix::sys::uio::process_vm_readv(me, &mut local, &remote) {
+            Ok(0) => return Err(Errno::EFAULT),
+            Ok(n) => done += n,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
 }
 
 impl Drop for Mapping {

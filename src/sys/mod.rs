@@ -15,7 +15,7 @@ mod watch;
 
 pub(crate) use forks::Attended;
 pub(crate) use inbox::Message;
-pub(crate) use mapping::{MapAt, Mapping, page_size};
+pub(crate) use mapping::{MapAt, Mapping, page_size, read_live_at};
 pub(crate) use pagemap::Pagemap;
 pub(crate) use userfault::{Access, Features, OpenError, Stop, Trap, Userfault};
 pub(crate) use watch::watch;

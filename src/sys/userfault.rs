@@ -187,6 +187,12 @@ impl Userfault {
         self.uffd().register_with_mode(start as *mut _, len, mode).map(|_| ()).map_err(crate_error)
     }
 
+    /// Traps nothing of a range any more: what is protected may be written, and whoever waits to write goes on (UFFDIO_UNREGISTER(2const)). Of plain memory only: what is
+    /// missing elsewhere would read as zeros (S1).
+    pub(crate) fn unregister(&self, start: usize, len: usize) -> io::Result<()> {
+        self.uffd().unregister(start as *mut _, len).map_err(crate_error)
+    }
+
     /// Write-protects the pages that are there, or, with [`Features::WP_UNPOPULATED`], all; or lets them be written and wakes whoever waits to
     /// (UFFDIO_WRITEPROTECT(2const)). Why it stopped, if it did: some pages may be done then.
     pub(crate) fn write_protect(&self, start: usize, len: usize, protect: bool) -> Option<Stop> {

@@ -19,6 +19,7 @@ const PURE: &[&str] = &[
     "pager::core",
     "pager::residency",
     "pager::written",
+    "pager::moment",
     "pager::around",
     "pager::address_map",
     "pager::retry",
