@@ -13,12 +13,13 @@ use common::{
     raw::stop_pipe,
     raw_writes::{RawMemory, RawSoftDirty, RawTracker, RawWpAsync, RawWpSync},
 };
-use pageferry::{Pager, PagerOptions, Program, Region, RegionError, TrackerKind};
+use pageferry::{Content, Extent, Frozen, PageStore, Pager, PagerOptions, Program, Region, RegionError, TrackerKind};
 use std::{
     cell::Cell,
     ops::Range,
     process::ExitCode,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
+    task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 
@@ -73,6 +74,9 @@ fn bench(args: &Args) -> Result<Measured> {
         cases.push(Case::new(raw_keys, move |round| repeat(check(round), |check| follow_raw(kind, bytes, check))));
         cases.push(Case::new(keys, move |round| repeat(check(round), |check| follow_region(kind, bytes, check))));
     }
+    cases.push(Case::new(["raw_frozen_arm_ms", "raw_frozen_first_write_us"], move |round| freeze_raw(bytes, round)));
+    cases.push(Case::new(["frozen_arm_ms", "frozen_first_write_us"], move |round| freeze_region(bytes, round)));
+    cases.push(Case::new(["frozen_followed_arm_ms"], move |round| freeze_followed(bytes, round)));
     let mut measured = in_rounds(args, ROUNDS, cases)?;
     measured.notes = lacking;
     let shares = SHARES.map(|(share, takes)| format!("{share} % x {takes}")).join(", then ");
@@ -158,6 +162,87 @@ fn follow_by(tracker: &impl RawTracker, memory: &RawMemory, check: &Check<'_>) -
             Ok((start.elapsed(), told))
         },
     )
+}
+
+/// Of a region that nobody follows: all of it is protected in the pause.
+fn freeze_region(bytes: u64, round: u64) -> Result<Vec<f64>> {
+    let region = Region::builder().size(bytes).open()?;
+    let words = region.atomics_u64(0, region.len() / 8)?;
+    let held = |frozen: &Frozen, page: u64| {
+        let mut read = frozen.read(Extent::page(page));
+        // Plain memory is read on the spot.
+        match read.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(runs) => match &runs?[0].content {
+                Content::Bytes(bytes) => Ok(u64::from_ne_bytes(std::array::from_fn(|at| bytes[at]))),
+                Content::Zero => Ok(0),
+            },
+            Poll::Pending => Err("a frozen page was not at hand".into()),
+        }
+    };
+    keep(words, round, || Ok(region.freeze(Program::Paused)?), held)
+}
+
+fn freeze_raw(bytes: u64, round: u64) -> Result<Vec<f64>> {
+    let memory = RawMemory::new(usize::try_from(bytes)?)?;
+    let keeper = RawWpSync::keeping(&memory)?;
+    let (stopped, stop) = stop_pipe()?;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            if let Err(error) = keeper.serve(&stopped) {
+                eprintln!("the bare loop: {error}");
+                std::process::exit(1);
+            }
+        });
+        let figures = keep(memory.words(), round, || keeper.arm(), |(), page| keeper.kept(page));
+        drop(stop);
+        figures
+    })
+}
+
+/// Populates, freezes, and writes 10 % of the pages in random order; what they held is compared.
+fn keep<T>(
+    words: &[AtomicU64],
+    round: u64,
+    freeze: impl FnOnce() -> Result<T>,
+    held: impl Fn(&T, u64) -> Result<u64>,
+) -> Result<Vec<f64>> {
+    words.iter().step_by(WORDS).zip(1..).for_each(|(word, value)| word.store(value, Relaxed));
+    let start = Instant::now();
+    let frozen = freeze()?;
+    let armed_ms = ms(start.elapsed());
+    let pages = (words.len() / WORDS) as u64;
+    let order = random_order(pages, (pages / 10) as usize, SEED + round);
+    let mut times = Times::with_capacity(order.len());
+    for page in &order {
+        let word = &words[*page as usize * WORDS];
+        let start = Instant::now();
+        word.store(u64::MAX, Relaxed);
+        times.since(start);
+    }
+    for page in order {
+        if held(&frozen, page)? != page + 1 {
+            return Err(format!("page {page} was not kept").into());
+        }
+    }
+    Ok(vec![armed_ms, times.p50_p99_us()[0]])
+}
+
+/// Of a region whose writes are followed by messages, as a snapshot has it before the pause: 1 % was written since.
+fn freeze_followed(bytes: u64, round: u64) -> Result<Vec<f64>> {
+    let pager = pager(TrackerKind::WpSync)?;
+    let region = Region::builder().size(bytes).pager(&pager).open()?;
+    let words = region.atomics_u64(0, region.len() / 8)?;
+    words.iter().step_by(WORDS).for_each(|word| word.store(1, Relaxed));
+    let _tracking = region.track()?;
+    let pages = (words.len() / WORDS) as u64;
+    for page in random_order(pages, (pages / 100) as usize, SEED + round) {
+        words[page as usize * WORDS].store(2, Relaxed);
+    }
+    let start = Instant::now();
+    let frozen = region.freeze(Program::Paused)?;
+    let armed_ms = ms(start.elapsed());
+    drop(frozen);
+    Ok(vec![armed_ms])
 }
 
 /// Populates, arms, and for each share writes and takes. Figures in the order of the keys.

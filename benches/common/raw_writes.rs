@@ -10,6 +10,7 @@ use super::{
 };
 use std::{
     cell::RefCell,
+    collections::HashMap,
     fs::File,
     io::{self, PipeReader, Read, Write},
     ops::Range,
@@ -18,7 +19,10 @@ use std::{
         unix::fs::FileExt,
     },
     ptr::NonNull,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 
 // linux/userfaultfd.h and linux/fs.h: requests with the sizes of their arguments encoded, and the few bits used here.
@@ -204,12 +208,25 @@ pub struct RawWpSync<'a> {
     uffd: File,
     /// A bit a page.
     written: Vec<AtomicU64>,
+    /// What pages held before they were written, if that is wanted.
+    kept: Option<Mutex<HashMap<u64, Vec<u64>>>>,
 }
 
 impl<'a> RawWpSync<'a> {
     pub fn new(memory: &'a RawMemory) -> Result<RawWpSync<'a>> {
         let written = (0..memory.pages().div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Ok(RawWpSync { memory, uffd: open(FEATURE_PAGEFAULT_FLAG_WP)?, written })
+        Ok(RawWpSync { memory, uffd: open(FEATURE_PAGEFAULT_FLAG_WP)?, written, kept: None })
+    }
+
+    /// Copies each page aside before its first write.
+    pub fn keeping(memory: &'a RawMemory) -> Result<RawWpSync<'a>> {
+        Ok(RawWpSync { kept: Some(Mutex::default()), ..RawWpSync::new(memory)? })
+    }
+
+    /// The first word that a page held.
+    pub fn kept(&self, page: u64) -> Result<u64> {
+        let kept = self.kept.as_ref().and_then(|kept| Some(kept.lock().ok()?.get(&page)?[0]));
+        kept.ok_or_else(|| format!("page {page} was not kept").into())
     }
 
     /// The thread: notes each page that somebody waits to write and lets it be written, until the other end of `stop` is closed.
@@ -239,6 +256,12 @@ impl<'a> RawWpSync<'a> {
                 }
                 let page = self.memory.page_of(address);
                 self.written[page as usize / 64].fetch_or(1 << (page % 64), Relaxed);
+                if let Some(kept) = &self.kept {
+                    const WORDS: usize = PAGE_BYTES as usize / size_of::<u64>();
+                    let words = &self.memory.words()[page as usize * WORDS..][..WORDS];
+                    let words = words.iter().map(|word| word.load(Relaxed)).collect();
+                    kept.lock().map_err(|_| "another thread panicked")?.entry(page).or_insert(words);
+                }
                 protect(&self.uffd, self.memory.address() + page * PAGE_BYTES, PAGE_BYTES, false)?;
             }
         }
