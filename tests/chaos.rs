@@ -30,6 +30,9 @@ const CHAINS: u64 = 4;
 /// A move and all that follows it is over by then, or hangs: longer than the limits of both ends together.
 const BOUND: Duration = Duration::from_secs(45);
 
+/// A soak takes an hour; it says how far it is.
+const TELL_EVERY: u64 = 100;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Misfortune {
     None,
@@ -130,6 +133,9 @@ fn run_chain(seed: u64, moves: u64) -> Tally {
     let key = Identity::generate().unwrap().to_pem();
     let (mut random, mut tally, mut owner) = (Random(seed), Tally::default(), None);
     for number in 0..moves {
+        if number > 0 && number.is_multiple_of(TELL_EVERY) {
+            println!("chain of seed {seed}: {number} of {moves} moves, {tally:?}");
+        }
         let (plan, weather, roll) = (Plan::draw(&mut random), weather(&mut random), random.next());
         let source = owner.take().unwrap_or_else(|| {
             ledger.reset();

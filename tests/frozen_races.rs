@@ -36,6 +36,8 @@ impl Writers {
                 while !stop.load(Relaxed) {
                     words[(random.below(pages) * 512 + writer) as usize].fetch_add(1, Relaxed);
                     writes.fetch_add(1, Relaxed);
+                    // Or they take the processors from the pager, and from who reads.
+                    std::thread::yield_now();
                 }
             })
         });
