@@ -128,7 +128,9 @@ pub static GOALS: &[Goal] = &[
 ];
 
 /// How the keys of baselines begin: what others are measured against, never what pageferry does.
-pub const BASELINES: [&str; 7] = ["raw_", "udp_", "copy_", "zero_", "lz4_", "quinn_", "bound_"];
+pub const BASELINES: [&str; 8] = ["raw_", "udp_", "copy_", "zero_", "lz4_", "quinn_", "bound_", PEER];
+/// How the keys of another program begin that does the same, before the key that is its twin: a comparison, without a target.
+pub const PEER: &str = "qemu_";
 
 pub fn goal_of(key: &str) -> Option<&'static Goal> {
     GOALS.iter().find(|goal| goal.key == key)
@@ -201,6 +203,16 @@ pub static PLOTS: &[Plot] = &[
             "pull_jumbo_mb_s",
             "pull_vmlike_mb_s",
         ],
+    },
+    Plot {
+        file: "migration_total",
+        title: "A running program moves, from asking to having every page (s)",
+        keys: &["bound_total_s", "qemu_post_total_s", "post_total_s", "hybrid_total_s", "qemu_pre_total_s", "pre_total_s"],
+    },
+    Plot {
+        file: "migration_downtime",
+        title: "How long the program stands still (ms)",
+        keys: &["qemu_post_downtime_ms", "post_downtime_ms", "hybrid_downtime_ms", "qemu_pre_downtime_ms", "pre_downtime_ms"],
     },
     Plot {
         file: "dirty_first_write",

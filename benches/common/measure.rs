@@ -56,6 +56,8 @@ pub struct Measured {
     pub rounds: usize,
     /// Keys that follow from the medians.
     pub derived: Vec<(&'static str, f64)>,
+    /// What a program may want to know beside the figures.
+    pub words: Vec<(&'static str, String)>,
     /// What a reader has to know about this run.
     pub notes: Vec<String>,
 }
@@ -98,7 +100,7 @@ pub fn in_rounds(args: &Args, rounds: usize, cases: Vec<Case<'_>>) -> Result<Mea
     }
     let mut series: Vec<Series> = series.into_iter().flatten().collect();
     series.iter_mut().for_each(|series| series.sorted.sort_by(f64::total_cmp));
-    Ok(Measured { series, rounds, derived: Vec::new(), notes: Vec::new() })
+    Ok(Measured { series, rounds, derived: Vec::new(), words: Vec::new(), notes: Vec::new() })
 }
 
 /// Times of single events.
@@ -143,4 +145,9 @@ pub fn a_gib(used: f64, bytes: u64) -> f64 {
 /// Megabytes (1e6 bytes) a second since `start`.
 pub fn mb_s(bytes: u64, start: Instant) -> f64 {
     bytes as f64 / 1e6 / start.elapsed().as_secs_f64()
+}
+
+/// Bytes that the loopback device has carried.
+pub fn loopback_bytes() -> Result<u64> {
+    Ok(std::fs::read_to_string("/sys/class/net/lo/statistics/tx_bytes")?.trim().parse()?)
 }

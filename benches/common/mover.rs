@@ -8,6 +8,7 @@ use super::{
     far_end::{FarEnd, answer, field},
     pages::Image,
     raw,
+    timeline::{self, Told},
     writer::Writer,
 };
 use pageferry::{Gate, Identity, PeerId, Region, Source, TransportOptions};
@@ -30,6 +31,9 @@ pub struct Left {
     pub operations: u64,
     pub last_ns: u64,
     pub downtime_ms: f64,
+    /// How it wrote and what the source told, in the form of `timeline`.
+    pub writes: Value,
+    pub copying: Value,
 }
 
 impl Mover {
@@ -54,11 +58,13 @@ impl Mover {
 
     /// Waits until the program has departed.
     pub fn left(&mut self) -> Result<Left> {
-        let left = self.far_end.ask(&json!({ "ask": "left" }))?;
+        let mut left = self.far_end.ask(&json!({ "ask": "left" }))?;
         Ok(Left {
             operations: field(&left, "operations", Value::as_u64)?,
             last_ns: field(&left, "last_ns", Value::as_u64)?,
             downtime_ms: field(&left, "downtime_ms", Value::as_f64)?,
+            writes: left["writes"].take(),
+            copying: left["copying"].take(),
         })
     }
 }
@@ -71,6 +77,7 @@ pub fn image(bytes: u64, seed: u64) -> Image {
 struct Program {
     source: Source,
     writer: Option<Writer>,
+    told: Told,
     runtime: tokio::runtime::Runtime,
     _region: Region,
 }
@@ -89,7 +96,13 @@ pub fn far_end() -> Result<()> {
             let departed = program.runtime.block_on(program.source.departed())?;
             let wrote = program.writer.take().ok_or("it left before")?.stopped()?;
             let downtime_ms = departed.downtime.as_secs_f64() * 1e3;
-            Ok(json!({ "operations": wrote.operations, "last_ns": wrote.last_ns, "downtime_ms": downtime_ms }))
+            Ok(json!({
+                "operations": wrote.operations,
+                "last_ns": wrote.last_ns(),
+                "downtime_ms": downtime_ms,
+                "writes": timeline::writes(&wrote.done_ns, wrote.last_ns()),
+                "copying": program.told.copying(),
+            }))
         }
         (other, _) => Err(format!("a mover cannot '{other}'").into()),
     })
@@ -112,7 +125,8 @@ fn start(question: &Value) -> Result<(Value, Program)> {
     let transport = TransportOptions { mtu_max_bytes, ..TransportOptions::default() };
     let source = Source::builder(&identity).grant(client, [&region]).gate(&gate).transport(transport);
     let source = source.listen("127.0.0.1:0".parse::<SocketAddr>()?)?;
+    let told = Told::by(source.events());
     let started = json!({ "address": source.local_addr().to_string(), "id": identity.peer_id().to_string() });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    Ok((started, Program { source, writer: Some(writer), runtime, _region: region }))
+    Ok((started, Program { source, writer: Some(writer), told, runtime, _region: region }))
 }

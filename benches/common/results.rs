@@ -6,7 +6,7 @@
 use super::{
     Result,
     args::Args,
-    goals::{GOALS, HOPS, goal_of, unit_of},
+    goals::{GOALS, HOPS, PEER, goal_of, unit_of},
     measure::Measured,
 };
 use serde_json::{Map, Value, json};
@@ -19,6 +19,7 @@ pub fn report(name: &str, args: &Args, measured: &Measured) -> Result<bool> {
     object.insert("quick".into(), args.quick.into());
     object.extend(machine());
     object.insert("rounds".into(), measured.rounds.into());
+    object.extend(measured.words.iter().map(|(key, text)| ((*key).to_owned(), text.as_str().into())));
     object.extend(measured.series.iter().map(|series| (series.key.to_owned(), rounded(series.median()))));
     object.extend(measured.derived.iter().map(|(key, value)| ((*key).to_owned(), rounded(*value))));
     let spread = |key: &str| {
@@ -29,6 +30,9 @@ pub fn report(name: &str, args: &Args, measured: &Measured) -> Result<bool> {
     println!("{}", table(&object, &spread));
     if let Some(hops) = hop_table(&object) {
         println!("{hops}");
+    }
+    if let Some(peer) = peer_table(&object) {
+        println!("{peer}");
     }
     measured.notes.iter().for_each(|note| println!("{note}"));
     println!("Figures are medians of {} rounds; range: the least and the greatest round.", measured.rounds);
@@ -92,6 +96,19 @@ pub fn hop_table(object: &Map<String, Value>) -> Option<String> {
         if means.iter().any(Option::is_some) {
             let [raw, store, quic] = means.map(|mean| mean.map(figure).unwrap_or_default());
             rows.push([(*meaning).into(), raw, store, quic]);
+        }
+    }
+    (rows.len() > 1).then(|| markdown(&rows))
+}
+
+/// What another program took for the same, as a Markdown table; `None` if there was none.
+pub fn peer_table(object: &Map<String, Value>) -> Option<String> {
+    let peer = object.get(PEER.trim_end_matches('_')).and_then(Value::as_str)?;
+    let mut rows = vec![[format!("beside {peer}"), "unit".into(), "pageferry".into(), "QEMU".into(), "pageferry : QEMU".into()]];
+    for (twin, theirs) in object.keys().filter_map(|key| Some((key.strip_prefix(PEER)?, figure_of(object, key)?))) {
+        if let Some(ours) = figure_of(object, twin) {
+            let ratio = if theirs == 0.0 { String::new() } else { format!("{:.2}", ours / theirs) };
+            rows.push([twin.into(), unit_of(twin).into(), figure(ours), figure(theirs), ratio]);
         }
     }
     (rows.len() > 1).then(|| markdown(&rows))

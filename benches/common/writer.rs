@@ -39,11 +39,18 @@ pub struct Writer {
 /// What it did.
 pub struct Wrote {
     pub operations: u64,
-    /// Nanoseconds of the system's clock.
+    /// When its first operation began, in nanoseconds of the system's clock.
     pub first_ns: u64,
-    pub last_ns: u64,
+    /// When each operation was done.
+    pub done_ns: Vec<u64>,
     /// How long each operation took, in nanoseconds.
     pub took_ns: Vec<u64>,
+}
+
+impl Wrote {
+    pub fn last_ns(&self) -> u64 {
+        self.done_ns.last().copied().unwrap_or(0)
+    }
 }
 
 pub fn now_ns() -> u64 {
@@ -83,7 +90,7 @@ impl Writer {
 
 fn write(region: &Region, runs: impl Fn() -> bool, done: &AtomicU64) -> Wrote {
     let words = region.atomics_u64(0, ((HOT_PAGES + 1) * WORDS) as usize).expect("the region holds the hot set");
-    let mut wrote = Wrote { operations: 0, first_ns: 0, last_ns: 0, took_ns: Vec::new() };
+    let mut wrote = Wrote { operations: 0, first_ns: 0, done_ns: Vec::new(), took_ns: Vec::new() };
     let (begun, mut n) = (Instant::now(), 0);
     while runs() {
         let due = begun.elapsed().as_nanos() as u64 * PAGES_S / 1_000_000_000;
@@ -101,7 +108,7 @@ fn write(region: &Region, runs: impl Fn() -> bool, done: &AtomicU64) -> Wrote {
         words[(page_of(n) * WORDS + n % WORDS) as usize].store(n, Relaxed);
         words[0].store(n, Relaxed);
         wrote.took_ns.push(start.elapsed().as_nanos() as u64);
-        wrote.last_ns = now_ns();
+        wrote.done_ns.push(now_ns());
         wrote.operations += 1;
         done.store(wrote.operations, Relaxed);
     }

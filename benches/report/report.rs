@@ -6,12 +6,14 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod svg;
+mod timeline;
 
 use clap::Parser;
 use common::{
     Result,
     goals::{BASELINES, Goal, PLOTS, Plot, goal_of, unit_of},
-    results::{figure, figure_of, hop_table, misses, table},
+    results::{figure, figure_of, hop_table, misses, peer_table, table},
+    timeline::FILE_END,
 };
 use serde_json::{Map, Value};
 use std::{
@@ -69,6 +71,9 @@ fn report(folder: &Path) -> Result<String> {
         if let Some(hops) = hop_table(run) {
             write!(summary, "\n{hops}")?;
         }
+        if let Some(peer) = peer_table(run) {
+            write!(summary, "\n{peer}")?;
+        }
         let missed = misses(run);
         if !missed.is_empty() {
             write!(summary, "\nMissed: {}.\n", missed.join(", "))?;
@@ -80,6 +85,7 @@ fn report(folder: &Path) -> Result<String> {
                 write!(summary, "\n![{}]({file})\n", plot.title)?;
             }
         }
+        draw_timelines(folder, &text("bench"), &mut summary)?;
     }
     fs::write(folder.join("summary.md"), &summary)?;
     Ok(summary)
@@ -89,13 +95,32 @@ fn report(folder: &Path) -> Result<String> {
 fn runs(folder: &Path) -> Result<Vec<Map<String, Value>>> {
     let entries = fs::read_dir(folder).map_err(|error| format!("{}: {error}; run `make bench` first", folder.display()))?;
     let mut files = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<PathBuf>>>()?;
-    files.retain(|file| file.extension().is_some_and(|extension| extension == "json"));
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "json") && !is_timeline(file));
     files.sort();
     let read = |file: &PathBuf| match serde_json::from_str(&fs::read_to_string(file)?)? {
         Value::Object(run) if run.contains_key("bench") => Ok(run),
         _ => Err("no object of a bench".into()),
     };
     files.iter().map(|file| read(file).map_err(|error: common::AnyError| format!("{}: {error}", file.display()).into())).collect()
+}
+
+fn is_timeline(file: &Path) -> bool {
+    file.file_name().is_some_and(|name| name.to_string_lossy().ends_with(FILE_END))
+}
+
+/// The time lines that a bench left beside its results: the one of hybrid, which shows all there is, under the name of the file.
+fn draw_timelines(folder: &Path, bench: &str, summary: &mut String) -> Result<()> {
+    let Ok(read) = fs::read_to_string(folder.join(format!("{bench}{FILE_END}"))) else { return Ok(()) };
+    let moves: Map<String, Value> = serde_json::from_str(&read)?;
+    for (name, of_move) in &moves {
+        let title = format!("Time line of a move, {name}{}", if name == "hybrid" { "" } else { "-copy" });
+        if let Some(svg) = timeline::draw(&title, of_move) {
+            let file = if name == "hybrid" { format!("{bench}-timeline.svg") } else { format!("{bench}-timeline-{name}.svg") };
+            fs::write(folder.join(&file), svg)?;
+            write!(summary, "\n![{title}]({file})\n")?;
+        }
+    }
+    Ok(())
 }
 
 /// A plot of the keys that this run measured; `None` if there are fewer than two, which is nothing to compare.
@@ -120,5 +145,9 @@ fn draw(plot: &Plot, run: &Map<String, Value>) -> Option<String> {
 /// `quic_us_p99` -> `quic p99`, `quic_hop_wire_us_mean` -> `wire`.
 fn label(key: &str) -> String {
     let key = key.split_once("_hop_").map_or(key, |(_, hop)| hop);
-    key.replace("_us_mean", "").replace("_us_", " ").replace("_mb_s", "").replace('_', " ")
+    ["_us_mean", "_mb_s", "_total_s", "_downtime_ms"]
+        .iter()
+        .fold(key.to_owned(), |key, end| key.replace(end, ""))
+        .replace("_us_", " ")
+        .replace('_', " ")
 }

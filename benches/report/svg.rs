@@ -1,6 +1,6 @@
 //! Horizontal bars as SVG.
 //!
-//! Role: the one kind of plot that a comparison of medians needs, without a dependency. Neighbours: `report` says what to draw. Invariants: bars
+//! Role: the kind of plot that a comparison of medians needs, without a dependency. Neighbours: `report` says what to draw. Invariants: bars
 //! start at zero, so that their lengths compare as their values do; readable on a light and on a dark page.
 
 use std::fmt::Write;
@@ -71,6 +71,7 @@ pub fn bars(title: &str, bars: &[Bar]) -> String {
     svg
 }
 
-fn escaped(text: &str) -> String {
+/// Text as it may stand in SVG.
+pub fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
