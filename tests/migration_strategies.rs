@@ -9,7 +9,9 @@ use net::{LOOPBACK, soon, userfaultfd};
 use pageferry::{
     AtLimit, Destination, Gate, MoveError, MoveEvent, Moved, Pager, PagerOptions, Pass, Region, Source, Strategy, TrackerKind,
 };
-use program::{Keys, Ledger, Program, check, check_stamps, fill_with_noise, is_aborted, poison_soon, stamp_all, wait_for, world};
+use program::{
+    Keys, Ledger, Program, check, check_stamps, fill_with_noise, is_aborted, poison_soon, stamp_all, until, wait_for, world,
+};
 use std::{
     sync::{
         Arc, Mutex,
@@ -84,6 +86,30 @@ async fn a_running_program_moves_by_every_strategy_and_loses_no_operation() {
             assert_eq!(missing(&moved), 0, "{strategy:?}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_fault_asks_for_leads_the_push() {
+    if !userfaultfd() {
+        return;
+    }
+    let (keys, gate) = (Keys::new(), Gate::new());
+    let region = Region::builder().name("heap").size(8192 * PAGE).open().unwrap();
+    fill_with_noise(&region);
+    // All of it takes eight seconds.
+    let builder = keys.source(std::slice::from_ref(&region), &gate).background_limit(4 << 20);
+    let source = builder.listen(LOOPBACK).unwrap();
+    let moved = take(&connect(&source, &keys).await, Strategy::post_copy()).await.unwrap();
+    let there = moved.regions()[0].clone();
+    let holds = |page: u64| there.resident_extents().iter().any(|extent| extent.contains(page));
+    for touched in [6000, 3000] {
+        let region = there.clone();
+        tokio::task::spawn_blocking(move || region.read_at(touched * PAGE, &mut [0])).await.unwrap().unwrap();
+        until("what lies behind it", || holds(touched + 500)).await;
+        // What the push began with goes on when there is nothing behind what was touched.
+        assert!(!holds(2000), "pages came in order");
+    }
+    drop((moved, there));
 }
 
 /// Writes, writes zeros and discards, at random, for as long as it may.

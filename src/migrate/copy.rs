@@ -309,10 +309,28 @@ impl Copy {
         let (_, at) = ticks.min()?;
         let bandwidth = self.pace.bytes_s.unwrap_or(self.rounds.bandwidth_bytes_s().max(STEP_MIN_BYTES));
         let bytes = u64::try_from(u128::from(bandwidth) * STEP.as_millis() / 1000).unwrap_or(u64::MAX);
+        // After the handover, what is touched meanwhile leads elsewhere.
+        let bytes = if oldest_first { bytes } else { bytes.min(STEP_MIN_BYTES) };
         let part = &mut self.parts[at];
         let least = if self.pace.bytes_s.is_some() { part.page.bytes() } else { STEP_MIN_BYTES };
         let pages = (bytes.clamp(least, STEP_MAX_BYTES) / part.page.bytes()).max(1);
         Some((at, part.owed.take(pages, oldest_first)))
+    }
+
+    /// What is near the page that the program touched last: in which region, from where on.
+    fn near(&mut self, on_from: &mut Option<(usize, u64)>) -> Option<(usize, Vec<Extent>)> {
+        let demanded = |(at, feed): (usize, &Feed)| feed.demanded().map(|page| (at, page));
+        if let Some(demanded) = self.feeds.iter().enumerate().find_map(demanded) {
+            *on_from = Some(demanded);
+        }
+        let (at, page) = on_from.take()?;
+        let part = &mut self.parts[at];
+        let pages = (STEP_MIN_BYTES / part.page.bytes()).max(1);
+        let (extents, next) = part.owed.take_from(page, pages);
+        if part.followed.is_none() && !extents.is_empty() {
+            *on_from = Some((at, next));
+        }
+        (!extents.is_empty()).then_some((at, extents))
     }
 
     async fn send(&mut self, batch: Option<(usize, Vec<Extent>)>) -> Result<(), CopyError> {
@@ -394,11 +412,13 @@ impl Copy {
         Ok(())
     }
 
-    /// The program has gone: sends what the destination lacks, those pages first that were written last, for the program is about to touch them.
+    /// The program has gone: sends what the destination lacks, those pages first that were written last, for the program is about to touch them. Where it touches one that has
+    /// yet to come, what lies behind that goes next: a fault costs a thread a round trip, and the next is likely to be near. If nobody knows what was written last, on from there.
     pub(super) async fn push(mut self, sent: impl Fn(u64)) -> Result<(), CopyError> {
         let sent_bytes = |feeds: &[Feed]| feeds.iter().map(|feed| feed.sent_and_used_bytes().0).sum();
         sent(sent_bytes(&self.feeds));
-        while let Some(batch) = self.batch(false) {
+        let mut on_from = None;
+        while let Some(batch) = self.near(&mut on_from).or_else(|| self.batch(false)) {
             self.send(Some(batch)).await?;
             sent(sent_bytes(&self.feeds));
         }

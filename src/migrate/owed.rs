@@ -4,7 +4,7 @@
 //! taken here, and again when it is written after that; it is given at most once for each time that it was written; four bytes a page.
 //!
 //! While the program runs, the pages that were written longest ago go first: what is written all the time is sent once, at the end. Once it is paused nothing is
-//! written any more, and those that were written last go first: the program is about to touch them.
+//! written any more, and those that were written last go first: the program is about to touch them. What it does touch is a better guide: near that, pages go by number.
 
 use crate::Extent;
 use std::collections::VecDeque;
@@ -71,6 +71,24 @@ impl Owed {
             taken.push(extent);
         }
         taken
+    }
+
+    /// Takes up to `limit_pages` of those from page `first` on, by number; and from which page to go on.
+    pub(super) fn take_from(&mut self, first: u64, limit_pages: u64) -> (Vec<Extent>, u64) {
+        let (mut taken, mut left, mut at) = (Vec::<Extent>::new(), limit_pages, first);
+        while left > 0
+            && let Some(written) = self.written.get_mut(index(at))
+        {
+            if std::mem::take(written) != 0 {
+                (self.pages, left) = (self.pages - 1, left - 1);
+                match taken.last_mut() {
+                    Some(last) if last.end() == at => *last = Extent::between(last.first(), at + 1),
+                    _ => taken.push(Extent::page(at)),
+                }
+            }
+            at += 1;
+        }
+        (taken, at)
     }
 
     /// Every page that is owed, by number.
@@ -148,7 +166,7 @@ mod tests {
         /// Beside a map from page to tick.
         #[test]
         fn a_page_is_owed_until_it_is_taken_and_goes_in_the_order_of_its_last_write(
-            ops in vec((0u8..3, 0..PAGES, 1u64..30), 1..60)
+            ops in vec((0u8..4, 0..PAGES, 1u64..30), 1..60)
         ) {
             let mut owed = Owed::all(Extent::between(0, PAGES), 1);
             let mut model: BTreeMap<u64, Tick> = (0..PAGES).map(|page| (page, 1)).collect();
@@ -159,6 +177,13 @@ mod tests {
                     let extent = Extent::between(first, (first + count).min(PAGES));
                     owed.wrote(now, &[extent]);
                     model.extend(extent.pages().map(|page| (page, now)));
+                } else if op == 3 {
+                    let (taken, next) = owed.take_from(first, count);
+                    let taken: Vec<u64> = taken.into_iter().flat_map(Extent::pages).collect();
+                    let expected: Vec<u64> = model.range(first..).map(|(page, _)| *page).take(index(count)).collect();
+                    prop_assert!(taken.len() < index(count) || taken.last() == Some(&(next - 1)));
+                    prop_assert_eq!(&taken, &expected);
+                    model.retain(|page, _| !taken.contains(page));
                 } else {
                     let taken: Vec<u64> = owed.take(count, op == 1).into_iter().flat_map(Extent::pages).collect();
                     prop_assert_eq!(taken.len() as u64, count.min(model.len() as u64));

@@ -16,7 +16,13 @@ use super::{
 use crate::{Extent, PULL_EXTENT_BYTES, PageStore, Run};
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{
+            AtomicBool, AtomicU64,
+            Ordering::{Acquire, Relaxed, Release},
+        },
+    },
     time::{Duration, Instant},
 };
 
@@ -26,16 +32,28 @@ const PULL_AHEAD_MIN_BYTES: u64 = 2 << 20;
 /// The same while threads fault: one run, and what a client may have used without saying so yet.
 const PULL_AHEAD_DEMANDED_BYTES: u64 = PULL_EXTENT_BYTES + CREDIT_STEP_BYTES;
 
-/// Pages, as words of 64 bits by number: memory follows from what was sent, not from how large the store says it is.
+/// Pages that were sent on demand, as words of 64 bits by number: memory follows from what was sent, not from how large the store says it is.
 #[derive(Default)]
-pub(super) struct Sent(Mutex<HashMap<u64, u64>>);
+pub(super) struct Sent {
+    words: Mutex<HashMap<u64, u64>>,
+    /// The page behind those that were sent last, and whether there are any since that was asked.
+    behind_last: AtomicU64,
+    any_new: AtomicBool,
+}
 
 impl Sent {
     fn words(&self) -> std::sync::MutexGuard<'_, HashMap<u64, u64>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.words.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where to go on so that what is likely to be touched next comes next; once for each time that something was sent.
+    fn take_behind_last(&self) -> Option<u64> {
+        self.any_new.swap(false, Acquire).then(|| self.behind_last.load(Relaxed))
     }
 
     pub(super) fn add(&self, extent: Extent) {
+        self.behind_last.store(extent.end(), Relaxed);
+        self.any_new.store(true, Release);
         let mut words = self.words();
         for page in extent.pages() {
             *words.entry(page / 64).or_default() |= 1 << (page % 64);
@@ -123,6 +141,11 @@ impl Bulk {
     /// Bytes of the pages that were sent and weigh something on the way.
     pub(super) fn full_bytes(&self) -> u64 {
         self.full_bytes
+    }
+
+    /// See [`Feed::demanded`](super::Feed::demanded).
+    pub(super) fn demanded(&self) -> Option<u64> {
+        self.sent.take_behind_last()
     }
 
     pub(super) fn round_trip(&self) -> Duration {

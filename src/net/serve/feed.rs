@@ -97,6 +97,11 @@ impl Feed {
         self.bulk.full_bytes()
     }
 
+    /// The page behind those that a fault of the other end was answered with last; `None` if no other was since that was asked.
+    pub(crate) fn demanded(&self) -> Option<u64> {
+        self.bulk.demanded()
+    }
+
     /// The least that was seen on its connection.
     pub(crate) fn round_trip(&self) -> Duration {
         self.bulk.round_trip()
