@@ -269,7 +269,8 @@ async fn a_standby_that_is_dropped_leaves_the_program_to_others() {
     let stage = Stage::new(Weather::default(), 0);
     let mut news = stage.source.events();
     drop(stage.stand_by().await);
-    wait_for(&mut news, "the end of the attempt", program::is_aborted).await;
+    // It says so: nobody waits for it to come back.
+    wait_for(&mut news, "the end of the attempt", |event| matches!(event, MoveEvent::Aborted { .. })).await;
     stage.ledger.advances().await;
     let standby = stage.stand_by().await;
     // One at a time.

@@ -145,6 +145,9 @@ impl From<RegionError> for CopyError {
     }
 }
 
+/// The tick of what is owed from the beginning.
+pub(super) const FIRST: Tick = 1;
+
 /// Sent between two looks: a round trip or so of a fast link, so that trackers are asked now and then and a limit is not overrun by much.
 const STEP: Duration = Duration::from_millis(50);
 const STEP_MIN_BYTES: u64 = 1 << 20;
@@ -164,7 +167,6 @@ impl Copy {
         began: u64,
         alone: Alone,
     ) -> Result<Copy, CopyError> {
-        const FIRST: Tick = 1;
         let alone = Arc::new(alone);
         let mut parts = Vec::with_capacity(feeds.len());
         for region in &shared.regions {

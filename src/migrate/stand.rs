@@ -7,7 +7,7 @@
 use super::{
     MoveEvent,
     attempt::{Attempt, End, PROGRESS, length_of},
-    copy::{Copy, CopyError},
+    copy::{Copy, CopyError, FIRST},
     handover::{SourceEvent, Turn},
     points::Next,
 };
@@ -61,6 +61,8 @@ impl Copy {
             aside.bytes += part.bytes_of(&owed);
             aside.runs.push(feed.read(owed).await?);
         }
+        // Nothing is owed: counting begins anew, or a standby of many months would come to the end of the numbers.
+        self.tick = FIRST;
         Ok(aside)
     }
 

@@ -8,7 +8,7 @@ use super::{
     MoveError, MoveEvent, Strategy,
     arrival::Arrival,
     destination::Moved,
-    follow::Follow,
+    follow::{Follow, Word},
     handover::{DestinationAction, DestinationEvent, DestinationHandover, DestinationState, SessionId},
     image::LAST,
 };
@@ -283,7 +283,13 @@ impl Taking {
             let next = tokio::select! {
                 biased;
                 // What is left half read is the end of the stream.
-                word = self.word() => return word.heard(),
+                word = self.word() => {
+                    if matches!(word, Word::Leave) {
+                        // Or the source would keep its account for somebody who may come back.
+                        self.abort(stream, &MoveError::Closed).await;
+                    }
+                    return word.heard();
+                }
                 () = self.promotion() => {
                     self.ask_for_promotion(stream).await;
                     continue;
