@@ -81,8 +81,8 @@ impl Region {
     /// protecting page after page would keep the state of no moment otherwise, so [`Program::Running`] is refused.
     ///
     /// Takes about 37 ms a GiB of memory (bench `dirty`, `frozen_arm_ms`), whether it holds anything or not; where the writes are followed already, by
-    /// [`TrackerKind::WpSync`](crate::TrackerKind::WpSync), 3 ms if 1 % was written since it was taken last, because only that has to be protected. A [`Snapshot`](crate::Snapshot) does that by itself. A region that no store fills, and whose writes nobody follows, is with a pager
-    /// of its own kind meanwhile (one thread, `pageferry-pager`, from its first use on); [`Region::track`] then works by [`TrackerKind::WpSync`](crate::TrackerKind::WpSync). Every other
+    /// [`TrackerKind::WpSync`], 3 ms if 1 % was written since it was taken last, because only that has to be protected. A [`Snapshot`](crate::Snapshot) does that by itself. A region that no store fills, and whose writes nobody follows, is with a pager
+    /// of its own kind meanwhile (one thread, `pageferry-pager`, from its first use on); [`Region::track`] then works by [`TrackerKind::WpSync`]. Every other
     /// region needs a pager of that kind from the beginning ([`PagerOptions::tracker`](crate::PagerOptions::tracker)); it may be followed at the same time, and need not be filled yet.
     ///
     /// With user-mode faults only ([`Capabilities::faults_in_system_calls`](crate::Capabilities::faults_in_system_calls)), a system call that writes a page which was not written since
