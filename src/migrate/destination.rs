@@ -35,7 +35,7 @@ pub struct Destination {
     fault_around: Option<FaultAround>,
     step_limit: Duration,
     pub(super) decision_limit: Duration,
-    events: broadcast::Sender<MoveEvent>,
+    pub(super) events: broadcast::Sender<MoveEvent>,
 }
 
 /// See [`Destination::builder`].

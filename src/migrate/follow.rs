@@ -11,14 +11,17 @@ use super::{
     standby::{News, Status, Wish},
     taking::{Heard, Means, Stream, Taken, Taking},
 };
-use crate::net::wire::{ErrorCode, Frame};
+use crate::net::{
+    FrameWriter,
+    wire::{ErrorCode, Frame},
+};
 use bytes::Bytes;
 use std::{
     future::{Future, pending},
     sync::{Arc, RwLock},
     time::Duration,
 };
-use tokio::sync::{broadcast, watch};
+use tokio::sync::watch;
 
 /// What a standby has beside its session.
 pub(super) struct Follow {
@@ -71,10 +74,6 @@ impl Taking {
         self.follow.as_ref().map_or_else(Arc::default, |follow| follow.image.shown())
     }
 
-    pub(super) fn events(&self) -> broadcast::Sender<MoveEvent> {
-        self.events.clone()
-    }
-
     /// Whether there is a point to go on from, so that no failure is the end.
     pub(super) fn stands_by(&self) -> bool {
         self.follow.as_ref().is_some_and(|follow| follow.image.has_point())
@@ -113,10 +112,10 @@ impl Taking {
         }
     }
 
-    pub(super) async fn ask_for_promotion(&mut self, stream: &mut Stream) {
+    pub(super) async fn ask_for_promotion(&mut self, writer: &mut FrameWriter) {
         let (session, epoch) = (self.session, self.handover.epoch());
         // A stream that has ended says so when it is read.
-        let _ = stream.writer.send(&Frame::Promote { session, epoch }).await;
+        let _ = writer.send(&Frame::Promote { session, epoch }).await;
         if let Some(follow) = &mut self.follow {
             follow.asked_for_promotion = true;
         }
@@ -147,7 +146,7 @@ impl Taking {
                 return Ok(Some(Heard { event: DestinationEvent::Lost, reason }));
             }
             Ok(Err(error)) => {
-                self.abort(stream, &error).await;
+                self.abort(&mut stream.writer, &error).await;
                 return Err(error);
             }
         }

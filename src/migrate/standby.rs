@@ -9,7 +9,11 @@ use super::{
     image::{Shown, read},
     taking::{Taken, Taking},
 };
-use crate::{RegionError, net::wire::Frame, region::WeakRegion};
+use crate::{
+    RegionError,
+    net::wire::{ErrorCode, Frame},
+    region::WeakRegion,
+};
 use std::{
     sync::{Arc, RwLock, RwLockReadGuard},
     time::{Duration, Instant},
@@ -123,7 +127,7 @@ impl Destination {
         let (tell, status) = watch::channel(Status::default());
         let (send, moved) = oneshot::channel();
         let taking = Taking::of_standby(self.means(), Destination::new_session()?, options, wishes, tell);
-        let (shown, events) = (taking.shown(), taking.events());
+        let (shown, events) = (taking.shown(), self.events.clone());
         let decision_limit = self.decision_limit;
         let standby = Standby { wish, shown, status, moved: Mutex::new(Some(moved)), events, decision_limit };
         self.pager.service().spawn(run(taking, send));
@@ -282,7 +286,7 @@ async fn depose(news: News, regions: Vec<WeakRegion>) {
                 let _ = news.events.send(MoveEvent::Deposed { epoch: news.epoch });
                 break;
             }
-            Ok(Frame::Abort { message, .. } | Frame::Failed { message, .. }) => {
+            Ok(Frame::Abort { code, message, .. } | Frame::Failed { code, message }) if is_final(code) => {
                 tracing::warn!(reason = &*message, "who answers at the source's address is not the source that was followed");
                 break;
             }
@@ -295,6 +299,11 @@ async fn depose(news: News, regions: Vec<WeakRegion>) {
         pause = (pause * 2).min(TELL_AGAIN_MAX);
     }
     news.completion.send_replace(Some(Ok(())));
+}
+
+/// Whether who says so is another, or never was to be told: anything else may pass.
+fn is_final(code: ErrorCode) -> bool {
+    matches!(code, ErrorCode::NotOwner | ErrorCode::NotGranted | ErrorCode::NoSession)
 }
 
 async fn tell(news: &News) -> Result<Frame, MoveError> {

@@ -164,7 +164,7 @@ impl Taking {
                             Heard { event: DestinationEvent::Lost, reason: error.to_string() }
                         }
                         Err(error) => {
-                            self.abort(&mut stream, &error).await;
+                            self.abort(&mut stream.writer, &error).await;
                             return Err(error);
                         }
                     };
@@ -266,49 +266,37 @@ impl Taking {
     /// true when it is told.
     async fn listen(&mut self, stream: &mut Stream, limit: Option<Duration>) -> Result<Heard, MoveError> {
         let next = loop {
-            let next = async {
-                let frame = stream.reader.next().await?;
-                let Some(Frame::Prepare { state_bytes, .. } | Frame::Point { state_bytes, .. }) = &frame else {
-                    return Ok::<_, StreamError>((frame, Bytes::new()));
-                };
-                let state = read_state(&mut stream.reader, **state_bytes).await?;
-                Ok((frame, state))
-            };
-            let next = async {
-                match limit {
-                    None => Ok(next.await),
-                    Some(limit) => tokio::time::timeout(limit, next).await,
-                }
-            };
-            let next = tokio::select! {
-                biased;
-                // What is left half read is the end of the stream.
-                word = self.word() => {
-                    if matches!(word, Word::Leave) {
-                        // Or the source would keep its account for somebody who may come back.
-                        self.abort(stream, &MoveError::Closed).await;
+            let next = {
+                let mut next = std::pin::pin!(frame_and_state(&mut stream.reader, limit));
+                loop {
+                    tokio::select! {
+                        biased;
+                        word = self.word() => {
+                            if matches!(word, Word::Leave) {
+                                // Or the source would keep its account for somebody who may come back.
+                                self.abort(&mut stream.writer, &MoveError::Closed).await;
+                            }
+                            return word.heard();
+                        }
+                        // Beside what is being read, which would be lost with a part of a state in it.
+                        () = self.promotion() => self.ask_for_promotion(&mut stream.writer).await,
+                        next = &mut next => break next,
                     }
-                    return word.heard();
                 }
-                () = self.promotion() => {
-                    self.ask_for_promotion(stream).await;
-                    continue;
-                }
-                next = next => next,
             };
             match next {
-                Err(_) => {
+                None => {
                     let event = if self.stands_by() { DestinationEvent::Lost } else { DestinationEvent::TimedOut };
                     return Ok(Heard { event, reason: format!("no answer within {limit:?}") });
                 }
                 // It is at work: the limit begins anew.
-                Ok(Ok((Some(Frame::Progress { copying, .. }), _))) => self.tell(copying.into()),
-                Ok(Ok((Some(Frame::Point { number, age_us, .. }), state))) => {
+                Some(Ok((Some(Frame::Progress { copying, .. }), _))) => self.tell(copying.into()),
+                Some(Ok((Some(Frame::Point { number, age_us, .. }), state))) => {
                     if let Some(heard) = self.point(stream, number, Duration::from_micros(age_us), state).await? {
                         return Ok(heard);
                     }
                 }
-                Ok(next) => break next,
+                Some(next) => break next,
             }
         };
         let event = match next {
@@ -321,7 +309,7 @@ impl Taking {
                         Ok(()) => {}
                         Err(MoveError::Lost { reason }) => return Ok(Heard { event: DestinationEvent::Lost, reason }),
                         Err(error) => {
-                            self.abort(stream, &error).await;
+                            self.abort(&mut stream.writer, &error).await;
                             return Err(error);
                         }
                     }
@@ -349,11 +337,11 @@ impl Taking {
         Ok(Heard { event, reason: String::new() })
     }
 
-    pub(super) async fn abort(&self, stream: &mut Stream, error: &MoveError) {
+    pub(super) async fn abort(&self, writer: &mut FrameWriter, error: &MoveError) {
         let (session, epoch) = (self.session, self.handover.epoch());
         let (code, message) = (ErrorCode::Aborted, Message::cut(&error.to_string()));
-        let _ = stream.writer.send(&Frame::Abort { session, epoch, code, message }).await;
-        stream.writer.finish();
+        let _ = writer.send(&Frame::Abort { session, epoch, code, message }).await;
+        writer.finish();
     }
 
     /// Has what is offered mapped, as plain memory, and the source send its pages as it sees fit. What an earlier attempt brought is kept, unless that one had come so
@@ -520,6 +508,24 @@ async fn report_progress(regions: Vec<crate::region::WeakRegion>, events: broadc
             pages += residency.pages;
         }
         let _ = events.send(MoveEvent::Progress { resident_pages, pages });
+    }
+}
+
+/// The next frame, with the state that belongs to it; `None` if that took longer than `limit`.
+async fn frame_and_state(reader: &mut FrameReader, limit: Option<Duration>) -> Option<Result<(Option<Frame>, Bytes), StreamError>> {
+    let next = async {
+        let frame = reader.next().await?;
+        match &frame {
+            Some(Frame::Prepare { state_bytes, .. } | Frame::Point { state_bytes, .. }) => {
+                let state = read_state(reader, **state_bytes).await?;
+                Ok((frame, state))
+            }
+            _ => Ok((frame, Bytes::new())),
+        }
+    };
+    match limit {
+        None => Some(next.await),
+        Some(limit) => tokio::time::timeout(limit, next).await.ok(),
     }
 }
 

@@ -23,11 +23,10 @@ pub const LACKS: u8 = 0x3c;
 pub const POINT: u8 = 0x3e;
 pub const MARK: u8 = 0x3f;
 pub const KEPT: u8 = 0x40;
+pub const PROMOTE: u8 = 0x41;
 pub const DEPOSE: u8 = 0x42;
-pub const DEPOSED: u8 = 0x43;
 
 /// Codes of an ABORT.
-pub const NOT_GRANTED: u16 = 2;
 pub const ABORTED: u16 = 9;
 pub const NOT_OWNER: u16 = 10;
 
@@ -185,8 +184,17 @@ impl Handover {
 
     /// Says that a point is sent, with a state of one byte: its number.
     pub async fn point(&mut self, number: u64) {
-        self.say_with(POINT, &[number.to_le_bytes(), [0; 8], 1u64.to_le_bytes()].concat()).await;
-        let _ = self.send.write_all(&frame(STATE, 0, &[number as u8])).await;
+        self.announce(number, 1).await;
+        self.state(&[number as u8]).await;
+    }
+
+    /// Says that a point is sent, whose state is to follow.
+    pub async fn announce(&mut self, number: u64, state_bytes: u64) {
+        self.say_with(POINT, &[number.to_le_bytes(), [0; 8], state_bytes.to_le_bytes()].concat()).await;
+    }
+
+    pub async fn state(&mut self, piece: &[u8]) {
+        let _ = self.send.write_all(&frame(STATE, 0, piece)).await;
     }
 
     pub async fn prepare(&mut self) {
