@@ -38,6 +38,14 @@ impl Run {
     pub fn bytes(extent: Extent, bytes: Bytes) -> Run {
         Run { extent, content: Content::Bytes(bytes) }
     }
+
+    /// None, if it is zeros.
+    pub(crate) fn content_bytes(&self) -> usize {
+        match &self.content {
+            Content::Zero => 0,
+            Content::Bytes(bytes) => bytes.len(),
+        }
+    }
 }
 
 /// Where pages come from and go to.

@@ -30,16 +30,18 @@ impl Arrival {
     /// Takes in what the feed brings, from now on.
     pub(super) fn start(region: Region, feed: FeedReader, upstream: Upstream) -> Arrival {
         let (said, attached) = oneshot::channel();
-        let (runs, mut to_put) = mpsc::channel::<Run>(RUNS_WAITING);
+        let (runs, mut to_put) = mpsc::channel::<Vec<Run>>(RUNS_WAITING);
         let (put, all_put) = oneshot::channel();
         let into = region.clone();
         let putting = tokio::task::spawn_blocking(move || {
-            let mut outcome = Ok(());
-            while let Some(run) = to_put.blocking_recv() {
-                // Goes on taking, or the feed would wait for ever.
-                outcome = outcome.and_then(|()| into.put(&run));
-            }
+            let mut landing = into.landing();
             drop(into);
+            while let Some(runs) = to_put.blocking_recv() {
+                // Goes on taking, or the feed would wait for ever.
+                landing = landing.and_then(|landing| runs.iter().try_for_each(|run| landing.put(run)).map(|()| landing));
+            }
+            // What has not come is no longer waited for.
+            let outcome = landing.map(drop);
             let intact = outcome.is_ok();
             let _ = put.send(outcome);
             intact
@@ -89,7 +91,7 @@ impl Arrival {
 async fn attach(
     region: Region,
     feed: &mut FeedReader,
-    runs: mpsc::Sender<Run>,
+    runs: mpsc::Sender<Vec<Run>>,
     all_put: oneshot::Receiver<Result<(), RegionError>>,
     upstream: Upstream,
 ) -> Result<WeakRegion, MoveError> {
@@ -100,7 +102,7 @@ async fn attach(
             StreamError::Wire(error) => MoveError::Protocol(error.to_string()),
         });
         match said? {
-            Fed::Pages(run) if lacking.is_empty() => runs.send(run).await.map_err(|_| MoveError::Closed)?,
+            Fed::Pages(came) if lacking.is_empty() => runs.send(came).await.map_err(|_| MoveError::Closed)?,
             Fed::Lacks { extents, more } => {
                 lacking.extend(extents);
                 if lacking.len() as u64 > region.extent().count() {
@@ -125,8 +127,8 @@ async fn attach(
 async fn rest(feed: &mut FeedReader, region: &WeakRegion) -> Result<(), String> {
     loop {
         match feed.next().await.map_err(|error| error.to_string())? {
-            Fed::Pages(run) => {
-                if !region.push_in(run).await.map_err(|error| error.to_string())? {
+            Fed::Pages(runs) => {
+                if !region.push_in(runs).await.map_err(|error| error.to_string())? {
                     return Ok(());
                 }
                 // A fault that came meanwhile goes first.

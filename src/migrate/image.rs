@@ -66,7 +66,7 @@ struct Listener {
 }
 
 enum Item {
-    Run(Run),
+    Runs(Vec<Run>),
     Mark(u64),
     Broken(MoveError),
 }
@@ -175,7 +175,7 @@ pub(super) fn read(shown: &RwLock<Option<Shown>>) -> RwLockReadGuard<'_, Option<
 async fn take_in(mut feed: FeedReader, within: Extent, items: mpsc::Sender<Item>) {
     loop {
         let item = match feed.next().await {
-            Ok(Fed::Pages(run)) => Item::Run(run),
+            Ok(Fed::Pages(runs)) => Item::Runs(runs),
             Ok(Fed::Mark(number)) if number < LAST => Item::Mark(number),
             Ok(Fed::Lacks { extents, more: false }) if extents.is_empty() => Item::Mark(LAST),
             Ok(Fed::Mark(_) | Fed::Lacks { .. }) => {
@@ -202,13 +202,13 @@ fn put_all(
     while let Some(item) = to_put.blocking_recv() {
         match item {
             // Goes on taking, or the feed would wait for ever.
-            Item::Run(run) if intact => {
-                if let Err(error) = part.put(&run) {
+            Item::Runs(runs) if intact => {
+                if let Err(error) = runs.iter().try_for_each(|run| part.put(run)) {
                     intact = false;
                     let _ = tell.send(Err(error.into()));
                 }
             }
-            Item::Run(_) => {}
+            Item::Runs(_) => {}
             Item::Mark(number) => {
                 // What comes next is not of this point.
                 if intact && tell.send(Ok(number)).is_ok() {

@@ -62,10 +62,29 @@ pub(crate) fn decode_run(encoding: Encoding, bytes: Bytes, decoded_len: usize) -
     }
 }
 
-/// Cuts a run where its pages change between zero, likely to shrink and unlikely to, so that each kind is sent in its own way. Says of each part whether
-/// compressing it is worth trying; without `compress` that is not looked into.
-pub(crate) fn kinds_of(run: Run, page: PageSize, compress: bool) -> Vec<(bool, Run)> {
-    let Content::Bytes(bytes) = &run.content else { return vec![(false, run)] };
+/// What is compressed on a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Compress {
+    Nothing,
+    /// What costs less than sending it does on any path: [`Shrinks::ToNothing`].
+    Little,
+    All,
+}
+
+/// Whether a run is worth compressing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Shrinks {
+    No,
+    /// If the path is slower than compressing.
+    Well,
+    /// Almost all of it is zero: it shrinks faster than it could be encrypted.
+    ToNothing,
+}
+
+/// Cuts a run where its pages change between zero, likely to shrink and unlikely to, so that each kind is sent in its own way. What is not
+/// to be compressed is not looked into.
+pub(crate) fn kinds_of(run: Run, page: PageSize, compress: Compress) -> Vec<(Shrinks, Run)> {
+    let Content::Bytes(bytes) = &run.content else { return vec![(Shrinks::No, run)] };
     let mut kinds = bytes.chunks(page.len()).map(|bytes| Kind::of(bytes, compress));
     let mut parts: Vec<(Kind, u64)> = Vec::new();
     for kind in &mut kinds {
@@ -82,9 +101,8 @@ pub(crate) fn kinds_of(run: Run, page: PageSize, compress: bool) -> Vec<(bool, R
         let len = usize::try_from(extent.bytes(page)).unwrap_or(usize::MAX).min(rest.len());
         let bytes = rest.split_to(len);
         match kind {
-            Kind::Zero => (false, Run::zero(extent)),
-            Kind::Shrinks => (true, Run::bytes(extent, bytes)),
-            Kind::Noise => (false, Run::bytes(extent, bytes)),
+            Kind::Zero => (Shrinks::No, Run::zero(extent)),
+            Kind::Full(shrinks) => (shrinks, Run::bytes(extent, bytes)),
         }
     };
     parts.into_iter().map(cut).collect()
@@ -93,29 +111,34 @@ pub(crate) fn kinds_of(run: Run, page: PageSize, compress: bool) -> Vec<(bool, R
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Zero,
-    Shrinks,
-    Noise,
+    Full(Shrinks),
 }
 
 impl Kind {
     /// Judged by 16 bytes in each quarter of the page: of 64 random bytes about 57 differ (never, in practice, fewer than 46); text has fewer than 30 different
     /// values, tables of numbers and code fewer than 40. More bytes judge no better, and looking at them costs as much as encrypting the page.
-    fn of(page: &[u8], compress: bool) -> Kind {
+    fn of(page: &[u8], compress: Compress) -> Kind {
         const NOISE_VALUES: u32 = 46;
         if is_zero(page) {
             return Kind::Zero;
         }
-        if !compress {
-            return Kind::Noise;
+        if compress == Compress::Nothing {
+            return Kind::Full(Shrinks::No);
+        }
+        let samples = || page.chunks(page.len() / 4).filter_map(|quarter| quarter.first_chunk::<16>());
+        // A counter or a few words in a page that was cleared.
+        if samples().filter(|bytes| **bytes == [0; 16]).count() >= 3 {
+            return Kind::Full(Shrinks::ToNothing);
+        }
+        if compress == Compress::Little {
+            return Kind::Full(Shrinks::No);
         }
         let mut seen = [0u64; 4];
-        for bytes in page.chunks(page.len() / 4).filter_map(|quarter| quarter.first_chunk::<16>()) {
-            for byte in bytes {
-                seen[usize::from(byte >> 6)] |= 1 << (byte & 63);
-            }
+        for byte in samples().flatten() {
+            seen[usize::from(byte >> 6)] |= 1 << (byte & 63);
         }
         let values: u32 = seen.iter().map(|word| word.count_ones()).sum();
-        if values >= NOISE_VALUES { Kind::Noise } else { Kind::Shrinks }
+        Kind::Full(if values >= NOISE_VALUES { Shrinks::No } else { Shrinks::Well })
     }
 }
 
@@ -180,6 +203,24 @@ mod tests {
                 page[at] = 0;
             }
         }
+    }
+
+    #[test]
+    fn pages_are_sorted_by_what_compressing_them_gains() {
+        let mut counter = vec![0; 4096];
+        counter[5] = 7;
+        let pages = [vec![0; 4096], counter.clone(), noise(4096), text(4096), counter].concat();
+        let sorted = |compress| {
+            let kinds = kinds_of(Run::bytes(Extent::between(3, 8), pages.clone().into()), PageSize::KIB_4, compress);
+            let said = |(shrinks, run): &(Shrinks, Run)| (run.extent, run.content == Content::Zero, *shrinks);
+            kinds.iter().map(said).collect::<Vec<_>>()
+        };
+        let zero = (Extent::page(3), true, Shrinks::No);
+        assert_eq!(sorted(Compress::Nothing), [zero, (Extent::between(4, 8), false, Shrinks::No)]);
+        let to_nothing = |page| (Extent::page(page), false, Shrinks::ToNothing);
+        assert_eq!(sorted(Compress::Little), [zero, to_nothing(4), (Extent::between(5, 7), false, Shrinks::No), to_nothing(7)]);
+        let (five, six) = ((Extent::page(5), false, Shrinks::No), (Extent::page(6), false, Shrinks::Well));
+        assert_eq!(sorted(Compress::All), [zero, to_nothing(4), five, six, to_nothing(7)]);
     }
 
     #[test]

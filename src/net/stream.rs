@@ -219,13 +219,16 @@ impl FrameWriter {
         Ok(())
     }
 
-    /// Sends a DATA frame without copying its content. Cancelled in the middle, the stream is of no more use.
-    pub(crate) async fn send_data(&mut self, head: DataHead, content: Bytes) -> Result<(), StreamError> {
-        let head = Bytes::copy_from_slice(&super::wire::encode_data_head(head));
-        if content.is_empty() {
-            return Ok(self.stream.write_chunk(head).await?);
+    /// Sends DATA frames without copying their content. Cancelled in the middle, the stream is of no more use.
+    pub(crate) async fn send_data(&mut self, frames: impl IntoIterator<Item = (DataHead, Bytes)>) -> Result<(), StreamError> {
+        let mut chunks = Vec::new();
+        for (head, content) in frames {
+            chunks.push(Bytes::copy_from_slice(&super::wire::encode_data_head(head)));
+            if !content.is_empty() {
+                chunks.push(content);
+            }
         }
-        Ok(self.stream.write_all_chunks(&mut [head, content]).await?)
+        Ok(self.stream.write_all_chunks(&mut chunks).await?)
     }
 
     /// Says that nothing more comes.

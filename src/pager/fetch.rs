@@ -53,14 +53,14 @@ impl Engine {
     }
 
     /// Installs what was sent unasked, as far as it is missing. Waits for room, not for the install.
-    pub(crate) async fn push_in(engine: Weak<Engine>, id: RegionId, run: Run) -> Result<(), RegionError> {
+    pub(crate) async fn push_in(engine: Weak<Engine>, id: RegionId, runs: Vec<Run>) -> Result<(), RegionError> {
         let installer = {
             let engine = engine.upgrade().ok_or(RegionError::PagerStopped)?;
             let within = engine.with_entry(id, |entry| entry.residency().extent()).ok_or(RegionError::PagerStopped)?;
-            check_run(&run, within, engine.page)?;
+            runs.iter().try_for_each(|run| check_run(run, within, engine.page))?;
             engine.installer()?
         };
-        installer.install(id, run, Arc::default()).await
+        installer.install(id, runs, Arc::default()).await
     }
 
     /// Returns when everything that was pushed in is installed.
@@ -184,7 +184,7 @@ async fn stream_in(
         if let Err(error) = check_run(&run, within, page) {
             return Ok(Err(error));
         }
-        installer.install(id, run, wanted_pages.clone()).await?;
+        installer.install(id, vec![run], wanted_pages.clone()).await?;
         // A fault that came meanwhile goes first.
         tokio::task::yield_now().await;
     }

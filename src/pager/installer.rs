@@ -30,7 +30,7 @@ pub(super) struct Installer {
 
 enum Job {
     /// The pages of it that were wanted are added up.
-    Install(RegionId, Run, Arc<AtomicU64>),
+    Install(RegionId, Vec<Run>, Arc<AtomicU64>),
     /// Answered once all that came before is installed.
     Settled(oneshot::Sender<()>),
 }
@@ -41,11 +41,11 @@ impl Installer {
         std::thread::Builder::new().name("pageferry-install".into()).spawn(move || {
             while let Some(job) = to_do.blocking_recv() {
                 match job {
-                    Job::Install(id, run, wanted_pages) => {
+                    Job::Install(id, runs, wanted_pages) => {
                         let Some(engine) = engine.upgrade() else { return };
                         let step = (STEP_BYTES / engine.page.bytes()).max(1);
-                        for extent in run.extent.chunks(step) {
-                            let installed = engine.turn(|| engine.install_pulled(id, &part(&run, extent)));
+                        for (run, extent) in runs.iter().flat_map(|run| run.extent.chunks(step).map(move |extent| (run, extent))) {
+                            let installed = engine.turn(|| engine.install_pulled(id, &part(run, extent)));
                             wanted_pages.fetch_add(installed.unwrap_or(0), Relaxed);
                         }
                     }
@@ -59,8 +59,8 @@ impl Installer {
     }
 
     /// Waits for room, not for the install.
-    pub(super) async fn install(&self, id: RegionId, run: Run, wanted_pages: Arc<AtomicU64>) -> Result<(), RegionError> {
-        self.jobs.send(Job::Install(id, run, wanted_pages)).await.map_err(|_| RegionError::PagerStopped)
+    pub(super) async fn install(&self, id: RegionId, runs: Vec<Run>, wanted_pages: Arc<AtomicU64>) -> Result<(), RegionError> {
+        self.jobs.send(Job::Install(id, runs, wanted_pages)).await.map_err(|_| RegionError::PagerStopped)
     }
 
     /// Waits until everything handed over is installed.

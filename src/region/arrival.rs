@@ -6,10 +6,11 @@
 use super::{Paged, Region, WeakRegion};
 use crate::{
     Content, Extent, FaultAround, LossPolicy, PageStore, Pager, RegionError, Run,
-    pager::{Around, Core, Engine},
-    sys::Trap,
+    pager::{Around, Core, Engine, explain},
+    sys::{Features, Stop, Trap, Userfault},
 };
-use std::sync::Arc;
+use nix::errno::Errno;
+use std::{sync::Arc, time::Duration};
 
 /// Where the pages come from that were lacking when the program moved.
 pub(crate) struct Upstream {
@@ -25,18 +26,16 @@ impl Region {
         self.paged().is_none()
     }
 
-    /// Puts pages in place, over what was there. Before [`attach`](Region::attach) only.
-    pub(crate) fn put(&self, run: &Run) -> Result<(), RegionError> {
-        let offset = self.inner.page.offset_of(run.extent.first());
-        match &run.content {
-            Content::Bytes(bytes) => self.mapping().write_at(offset, bytes),
-            Content::Zero => {
-                let len = usize::try_from(run.extent.bytes(self.inner.page)).unwrap_or(usize::MAX);
-                self.mapping().discard(offset, len)?;
-                // A page that holds nothing would be taken for one that is missing.
-                run.extent.pages().try_for_each(|page| self.mapping().read_at(self.inner.page.offset_of(page), &mut [0]))
-            }
-        }
+    /// Begins to take its pages in. Before [`attach`](Region::attach) only.
+    pub(crate) fn landing(&self) -> Result<Landing, RegionError> {
+        let uffd = match Userfault::open(Features::default()).map_err(|error| explain(&error))? {
+            Ok(uffd) => uffd,
+            Err(errno) => return Err(RegionError::system("UFFDIO_API", errno)),
+        };
+        let mapping = self.mapping();
+        let registered = uffd.register(mapping.address(), mapping.len(), Trap::Missing);
+        registered.map_err(|error| RegionError::system("UFFDIO_REGISTER", error))?;
+        Ok(Landing { region: self.clone(), uffd })
     }
 
     /// The program is about to run here: what `lacking` names is missing from now on and comes from upstream, everything else is here.
@@ -60,11 +59,61 @@ fn already() -> std::io::Error {
     std::io::Error::other("it has a store already")
 }
 
+/// Puts pages of a region in place while nobody runs on it. A page that came for the first time is made of what came, where a write to it would have the kernel clear it
+/// first, one fault each. A touch of a page that has not come would wait until this is dropped.
+pub(crate) struct Landing {
+    region: Region,
+    uffd: Userfault,
+}
+
+/// How often memory that is short is asked for again, a millisecond apart: reclaim may help.
+const TRIES: u32 = 1000;
+
+impl Landing {
+    /// Puts whole pages in place, over what was there.
+    pub(crate) fn put(&self, run: &Run) -> Result<(), RegionError> {
+        let (mapping, page) = (self.region.mapping(), self.region.inner.page);
+        let offset = page.offset_of(run.extent.first());
+        let len = usize::try_from(run.extent.bytes(page)).unwrap_or(usize::MAX);
+        // Checked here: what follows goes by addresses.
+        let address = mapping.address_of(offset, len)?;
+        let (mut at, mut tries) = (0, 0);
+        while at < len {
+            let (call, (done, stop)) = match &run.content {
+                Content::Bytes(bytes) => ("UFFDIO_COPY", self.uffd.copy(address + at, &bytes[at..], true, false)),
+                // A page that holds nothing would be taken for one that is missing.
+                Content::Zero => ("UFFDIO_ZEROPAGE", self.uffd.zero(address + at, len - at)),
+            };
+            at += done;
+            match stop {
+                None => {}
+                Some(Stop::AlreadyHere) => match &run.content {
+                    Content::Bytes(bytes) => {
+                        let until = len.min(at + page.len());
+                        mapping.write_at(offset + at as u64, &bytes[at..until])?;
+                        at = until;
+                    }
+                    Content::Zero => mapping.discard(offset + at as u64, len - at)?,
+                },
+                Some(Stop::Again) if tries < TRIES => {
+                    tries += 1;
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Some(Stop::Again) => return Err(RegionError::system(call, Errno::ENOMEM)),
+                Some(Stop::Gone) => return Err(RegionError::system(call, Errno::ENOENT)),
+                Some(Stop::Exited) => return Err(RegionError::system(call, Errno::ESRCH)),
+                Some(Stop::Failed(errno)) => return Err(RegionError::system(call, errno)),
+            }
+        }
+        Ok(())
+    }
+}
+
 impl WeakRegion {
-    /// Installs what of a run is missing; `false` if the region is gone. Waits for room, not for the install.
-    pub(crate) async fn push_in(&self, run: Run) -> Result<bool, RegionError> {
+    /// Installs what of these runs is missing; `false` if the region is gone. Waits for room, not for the install.
+    pub(crate) async fn push_in(&self, runs: Vec<Run>) -> Result<bool, RegionError> {
         let Some((engine, id)) = self.paged() else { return Ok(false) };
-        Engine::push_in(engine, id, run).await.map(|()| true)
+        Engine::push_in(engine, id, runs).await.map(|()| true)
     }
 
     /// Returns when everything that was pushed in is installed.
@@ -79,5 +128,37 @@ impl WeakRegion {
         let region = self.upgrade()?;
         let paged = region.paged()?;
         Some((Arc::downgrade(paged.pager.engine()), paged.id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::PageSize;
+
+    #[test]
+    fn what_lands_is_what_came_last_and_zeros_are_there_too() {
+        let page = PageSize::KIB_4;
+        let region = Region::builder().name("landing").size(8 * page.bytes()).open().unwrap();
+        let landing = region.landing().unwrap();
+        let bytes = |first: u64, with: &[u8]| {
+            let content: Vec<u8> = with.iter().flat_map(|with| vec![*with; page.len()]).collect();
+            Run::bytes(Extent::between(first, first + with.len() as u64), content.into())
+        };
+        // Pages that are there in the middle of ones that are not, and the other way round.
+        for run in [bytes(1, &[1]), bytes(0, &[2, 3, 4]), Run::zero(Extent::between(2, 5)), bytes(4, &[5, 6]), bytes(3, &[7])] {
+            landing.put(&run).unwrap();
+        }
+        assert!(matches!(landing.put(&bytes(7, &[1, 1])), Err(RegionError::OutOfRange { .. })));
+        drop(landing);
+        let (mut there, start) = (Vec::new(), region.mapping().address());
+        let pagemap = crate::sys::Pagemap::open().unwrap();
+        pagemap.read(start, region.mapping().len(), |_, bits| there.push(bits.populated())).unwrap();
+        assert_eq!(there, [true, true, true, true, true, true, false, false]);
+        for (at, expected) in (0..6).zip([2, 3, 0, 7, 5, 6]) {
+            let mut found = vec![1; page.len()];
+            region.read_at(page.offset_of(at), &mut found).unwrap();
+            assert!(found.iter().all(|byte| *byte == expected), "page {at} holds {} and not {expected}", found[0]);
+        }
     }
 }

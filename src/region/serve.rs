@@ -64,7 +64,7 @@ impl PageStore for RegionStore {
         let offset = page.offset_of(extent.first());
         let failed = |error| store_error("reading a region", extent, error);
         let bytes = if self.region.is_plain() {
-            self.buffers.fill(len, |into| self.region.mapping().read_live(offset, into)).map_err(failed)?
+            self.buffers.copy(self.region.mapping(), offset, len).map_err(failed)?
         } else {
             self.region.populate(offset..offset + len as u64).await.map_err(failed)?;
             let (region, buffers) = (self.region.clone(), self.buffers.clone());

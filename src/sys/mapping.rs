@@ -3,6 +3,7 @@
 //! Role: reserves the address range of a region and reads and writes it soundly while others write it too. Neighbours: `region` holds
 //! one; `userfault` registers it. Invariants: M1 and M2 of `sys`.
 
+use super::Piece;
 use crate::{PageSize, RegionError};
 use nix::{
     errno::Errno,
@@ -106,7 +107,7 @@ impl Mapping {
     }
 
     /// `offset + len` checked against the mapping; the start of the range as an address.
-    fn range(&self, offset: u64, len: usize) -> Result<usize, RegionError> {
+    pub(crate) fn address_of(&self, offset: u64, len: usize) -> Result<usize, RegionError> {
         let out = || RegionError::OutOfRange { offset, len: len as u64, size_bytes: self.len as u64 };
         let start = usize::try_from(offset).map_err(|_| out())?;
         let end = start.checked_add(len).ok_or_else(out)?;
@@ -115,7 +116,7 @@ impl Mapping {
 
     /// The bytes at `offset` as atomics.
     fn bytes(&self, offset: u64, len: usize) -> Result<&[AtomicU8], RegionError> {
-        let address = self.range(offset, len)?;
+        let address = self.address_of(offset, len)?;
         // SAFETY: inside the mapping (M1), which outlives `&self`; AtomicU8 has no alignment and allows others to write (M2).
         Ok(unsafe { std::slice::from_raw_parts(address as *const AtomicU8, len) })
     }
@@ -123,7 +124,7 @@ impl Mapping {
     /// `count` words of 64 bits at `offset`, which must be a multiple of 8.
     pub(crate) fn words64(&self, offset: u64, count: usize) -> Result<&[AtomicU64], RegionError> {
         let len = count.checked_mul(8).ok_or(RegionError::OutOfRange { offset, len: u64::MAX, size_bytes: self.len as u64 })?;
-        let address = self.range(offset, len)?;
+        let address = self.address_of(offset, len)?;
         if !address.is_multiple_of(8) {
             return Err(RegionError::Misaligned { offset, align: 8 });
         }
@@ -134,7 +135,7 @@ impl Mapping {
     /// `count` words of 32 bits at `offset`, which must be a multiple of 4.
     pub(crate) fn words32(&self, offset: u64, count: usize) -> Result<&[AtomicU32], RegionError> {
         let len = count.checked_mul(4).ok_or(RegionError::OutOfRange { offset, len: u64::MAX, size_bytes: self.len as u64 })?;
-        let address = self.range(offset, len)?;
+        let address = self.address_of(offset, len)?;
         if !address.is_multiple_of(4) {
             return Err(RegionError::Misaligned { offset, align: 4 });
         }
@@ -191,7 +192,7 @@ impl Mapping {
     /// Lets the kernel copy bytes out (process_vm_readv(2)): for threads that serve peers, which must get an error and not a
     /// signal when the program unmapped or protected part of the range. All pages must be resident (S2).
     pub(crate) fn read_live(&self, offset: u64, into: &mut [u8]) -> Result<(), RegionError> {
-        let address = self.range(offset, into.len())?;
+        let address = self.address_of(offset, into.len())?;
         match read_live_at(address, into) {
             Ok(()) => Ok(()),
             // A seccomp profile may forbid the call; the atomic copy reads the same bytes.
@@ -200,9 +201,15 @@ impl Mapping {
         }
     }
 
+    /// As [`read_live`](Mapping::read_live), into a piece.
+    pub(crate) fn copy_live(&self, offset: u64, len: usize, into: &mut Piece) -> Result<(), RegionError> {
+        let address = self.address_of(offset, len)?;
+        into.copy_live(address, len).map_err(|errno| RegionError::system("pwrite64", errno))
+    }
+
     /// Gives pages back to the kernel: they read as zeros afterwards (`MADV_DONTNEED`, madvise(2)). `extent` in bytes, whole pages.
     pub(crate) fn discard(&self, offset: u64, len: usize) -> Result<(), RegionError> {
-        let address = self.range(offset, len)?;
+        let address = self.address_of(offset, len)?;
         let Some(start) = NonNull::new(address as *mut c_void) else { return Ok(()) };
         // SAFETY: inside the mapping (M1); dropping pages is a write of zeros as far as readers through atomics can tell (M2).
         unsafe { madvise(start, len, MmapAdvise::MADV_DONTNEED) }
@@ -222,7 +229,7 @@ impl Mapping {
         });
         for ranges in ranges.chunks(TOGETHER) {
             let vectors = ranges.iter().map(|(offset, len)| {
-                let iov_base = self.range(*offset, *len)? as *mut c_void;
+                let iov_base = self.address_of(*offset, *len)? as *mut c_void;
                 Ok(libc::iovec { iov_base, iov_len: *len })
             });
             let vectors: Vec<libc::iovec> = vectors.collect::<Result<_, RegionError>>()?;
@@ -242,7 +249,7 @@ impl Mapping {
 
     /// Makes any access raise SIGSEGV: the last resort for missing pages on kernels without `UFFDIO_POISON` (S1).
     pub(crate) fn forbid(&self, offset: u64, len: usize) -> Result<(), RegionError> {
-        let address = self.range(offset, len)?;
+        let address = self.address_of(offset, len)?;
         let Some(start) = NonNull::new(address as *mut c_void) else { return Ok(()) };
         // SAFETY: inside the mapping (M1); the range stays mapped, so no other object can appear in it.
         unsafe { nix::sys::mman::mprotect(start, len, ProtFlags::PROT_NONE) }

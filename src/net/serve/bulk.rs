@@ -5,7 +5,7 @@
 
 use super::{
     super::{
-        codec::{encode_run, kinds_of},
+        codec::{Compress, Shrinks, encode_run, kinds_of},
         pull::CREDIT_STEP_BYTES,
         server::Shared,
         stream::{FrameReader, FrameWriter, StreamError},
@@ -181,36 +181,59 @@ impl Bulk {
         mut steps: impl Iterator<Item = Step> + Send,
         writer: &mut FrameWriter,
     ) -> Result<(), BulkError> {
-        let page = self.store.page_size();
         let mut ready: VecDeque<tokio::task::JoinHandle<Result<Vec<EncodedRun>, Refusal>>> = VecDeque::new();
         loop {
             while ready.len() < ENCODE_AHEAD
                 && let Some(step) = steps.next()
             {
                 let (store, sent) = (self.store.clone(), self.sent.clone());
-                let compress = self.shared.options.compress && self.credit.pace.bytes_s < COMPRESS_BELOW_BYTES_S;
+                let compress = match (self.shared.options.compress, self.credit.pace.bytes_s < COMPRESS_BELOW_BYTES_S) {
+                    (false, _) => Compress::Nothing,
+                    (true, false) => Compress::Little,
+                    (true, true) => Compress::All,
+                };
                 ready.push_back(self.shared.service.spawn(async move { encode_step(&*store, &sent, step, compress).await }));
             }
             let Some(next) = ready.pop_front() else { return Ok(()) };
             let panicked = |_| BulkError::Refused(Refusal(ErrorCode::StoreFailed, "the store panicked".into()));
+            let (mut together, mut bytes) = (Vec::new(), 0);
             for run in next.await.map_err(panicked)?.map_err(BulkError::Refused)? {
-                // Demanded and sent while it was being encoded.
-                if self.sent.holds_all(run.extent()) {
-                    continue;
+                let run_bytes = run.bytes().len() as u64;
+                if bytes + run_bytes > TOGETHER_BYTES {
+                    self.send_together(std::mem::take(&mut together), writer).await?;
+                    bytes = 0;
                 }
-                self.credit.take(run.bytes().len() as u64).await?;
-                let head = DataHead::new(run.encoding(), run.extent(), 0, run.bytes().len())?;
-                writer.send_data(head, run.bytes().clone()).await?;
-                if run.encoding() != Encoding::Zero {
-                    self.full_bytes += run.extent().bytes(page);
-                }
+                bytes += run_bytes;
+                together.push(run);
             }
+            self.send_together(together, writer).await?;
         }
+    }
+
+    async fn send_together(&mut self, mut runs: Vec<EncodedRun>, writer: &mut FrameWriter) -> Result<(), BulkError> {
+        // Demanded and sent while it was being encoded.
+        runs.retain(|run| !self.sent.holds_all(run.extent()));
+        if runs.is_empty() {
+            return Ok(());
+        }
+        self.credit.take(runs.iter().map(|run| run.bytes().len() as u64).sum()).await?;
+        let frame = |run: &EncodedRun| {
+            let head = DataHead::new(run.encoding(), run.extent(), 0, run.bytes().len())?;
+            Ok((head, run.bytes().clone()))
+        };
+        let frames = runs.iter().map(frame).collect::<Result<Vec<_>, WireError>>()?;
+        writer.send_data(frames).await?;
+        let page = self.store.page_size();
+        let full = runs.iter().filter(|run| run.encoding() != Encoding::Zero);
+        self.full_bytes += full.map(|run| run.extent().bytes(page)).sum::<u64>();
+        Ok(())
     }
 }
 
 /// Steps of a bulk read that are read and encoded while an earlier one is sent.
 const ENCODE_AHEAD: usize = 3;
+/// Runs are given to the stream together up to this many bytes: each time takes the connection's lock and wakes its driver.
+const TOGETHER_BYTES: u64 = 64 * 1024;
 
 /// What is encoded at once.
 enum Step {
@@ -218,7 +241,7 @@ enum Step {
     Have(Run),
 }
 
-async fn encode_step(store: &dyn PageStore, sent: &Sent, step: Step, compress: bool) -> Result<Vec<EncodedRun>, Refusal> {
+async fn encode_step(store: &dyn PageStore, sent: &Sent, step: Step, compress: Compress) -> Result<Vec<EncodedRun>, Refusal> {
     let mut runs = Vec::new();
     match step {
         Step::Read(extent) => {
@@ -229,21 +252,21 @@ async fn encode_step(store: &dyn PageStore, sent: &Sent, step: Step, compress: b
         Step::Have(run) => runs.push(run),
     }
     let page = store.page_size();
-    let parts: Vec<(bool, Run)> = runs.into_iter().flat_map(|run| kinds_of(run, page, compress)).collect();
+    let parts: Vec<(Shrinks, Run)> = runs.into_iter().flat_map(|run| kinds_of(run, page, compress)).collect();
     // Sorting the pages is quick, compressing is not.
-    let compress = compress && parts.iter().any(|(shrinks, _)| *shrinks);
+    let slow = parts.iter().any(|(shrinks, _)| *shrinks == Shrinks::Well);
     let encode = move || -> Result<Vec<EncodedRun>, WireError> {
         let parts = parts.into_iter().flat_map(|(shrinks, run)| split(run, page).into_iter().map(move |run| (shrinks, run)));
         parts
             .map(|(shrinks, run)| {
-                let (encoding, bytes) = encode_run(run.content, compress && shrinks);
+                let (encoding, bytes) = encode_run(run.content, shrinks != Shrinks::No);
                 EncodedRun::new(run.extent, encoding, bytes)
             })
             .collect()
     };
     let failed = |error: String| Refusal(ErrorCode::StoreFailed, error);
     let encoded =
-        if compress { tokio::task::spawn_blocking(encode).await.map_err(|error| failed(error.to_string()))? } else { encode() };
+        if slow { tokio::task::spawn_blocking(encode).await.map_err(|error| failed(error.to_string()))? } else { encode() };
     encoded.map_err(|error| failed(error.to_string()))
 }
 

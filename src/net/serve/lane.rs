@@ -98,7 +98,7 @@ impl Session {
                 for Run { extent, content } in runs.into_iter().flat_map(|run| split(run, page)) {
                     // Compressing one page costs more time than it saves on any link a fault is bearable on.
                     let (encoding, bytes) = encode_run(content, false);
-                    writer.send_data(DataHead::new(encoding, extent, serve_us, bytes.len())?, bytes).await?;
+                    writer.send_data([(DataHead::new(encoding, extent, serve_us, bytes.len())?, bytes)]).await?;
                     serve_us = 0;
                 }
             }
