@@ -183,6 +183,12 @@ pub enum RegionError {
         /// What to do about it.
         remedy: String,
     },
+    /// The region was opened to be read.
+    #[error("region {region:?} was opened read-only")]
+    ReadOnly {
+        /// Its name.
+        region: String,
+    },
     /// Somebody follows the writes to this region already.
     #[error("the writes to region {region:?} are followed already; drop the other `Tracking` first")]
     AlreadyTracked {

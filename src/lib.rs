@@ -9,9 +9,11 @@
 #![warn(unreachable_pub)] // `pub` means public, what is not says `pub(crate)`; only a warning, so that half-done work still builds
 
 mod error;
+mod flow;
 #[doc(hidden)]
 pub mod fuzzing;
 mod migrate;
+mod mount;
 mod net;
 mod options;
 mod page;
@@ -30,11 +32,12 @@ pub use migrate::{
     Source, SourceBuilder, Standby, StandbyOptions, Strategy,
 };
 pub use migrate::{FrozenProgram, Snapshot, SnapshotBuilder, SnapshotError, SnapshotProgress};
+pub use mount::{Mount, MountBuilder, MountError, MountEvent, MountProgress, Pushed};
 pub use net::{
     Grant, Identity, IdentityError, Peer, PeerBuilder, PeerId, PeerIdError, RemoteStore, Server, ServerBuilder, TransportOptions,
     Trust,
 };
-pub use options::{FaultAround, Loss, LossPolicy, OnLoss, PagerOptions, RegionEvent, TrackerKind, Verdict};
+pub use options::{FaultAround, Loss, LossPolicy, OnLoss, PagerOptions, PullOrder, RegionEvent, TrackerKind, Verdict};
 pub use page::{Extent, PageSize};
 pub use page_store::{Content, PULL_EXTENT_BYTES, PageStore, Pull, ReadAfterRead, Run};
 pub use pager::Pager;

@@ -102,6 +102,44 @@ impl Default for FaultAround {
     }
 }
 
+/// In which order a pull brings what is missing. Faults overtake it in any order.
+///
+/// ```
+/// use pageferry::{Extent, PullOrder};
+/// use std::sync::Arc;
+/// let heap_first = PullOrder::By(Arc::new(|extent: Extent| i64::from(extent.first() < 1024)));
+/// let as_last_time = PullOrder::List(vec![Extent::between(512, 600), Extent::page(7)]);
+/// # let _ = (heap_first, as_last_time);
+/// ```
+#[derive(Clone, Default)]
+pub enum PullOrder {
+    /// By number.
+    #[default]
+    Linear,
+    /// These first, in this order; then the rest by number.
+    List(Vec<Extent>),
+    /// By what a function of the program says of extents of at most [`PULL_EXTENT_BYTES`](crate::PULL_EXTENT_BYTES): greater first, equal ones by number. Called
+    /// on the pager's thread before each bulk read: it must be quick and touch no region.
+    By(Arc<dyn Fn(Extent) -> i64 + Send + Sync>),
+}
+
+impl fmt::Debug for PullOrder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PullOrder::Linear => f.write_str("Linear"),
+            PullOrder::List(extents) => write!(f, "List({} extents)", extents.len()),
+            PullOrder::By(_) => f.write_str("By(..)"),
+        }
+    }
+}
+
+/// How a pull goes.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct PullPlan {
+    pub(crate) order: PullOrder,
+    pub(crate) bytes_s: Option<u64>,
+}
+
 /// What happens to threads that wait for pages which the store cannot deliver (S3).
 ///
 /// The default keeps trying for 30 s while the peer is away, then poisons: whoever touches a missing page gets SIGBUS, and the region reports

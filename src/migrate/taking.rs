@@ -18,6 +18,7 @@ use crate::{
         FeedReader, FrameReader, FrameWriter, StreamError,
         wire::{ErrorCode, Frame, Message, OfferedRegion},
     },
+    options::PullPlan,
     region::Upstream,
 };
 use bytes::{Bytes, BytesMut};
@@ -441,7 +442,9 @@ impl Taking {
         let mut outcome = Ok(());
         for region in regions {
             // Held only to start the pull, which itself ends when the region goes.
-            let Some(pull) = region.upgrade().map(|region| region.pull_owned()) else { return Err(MoveError::Closed) };
+            let Some(pull) = region.upgrade().map(|region| region.pull_owned(PullPlan::default())) else {
+                return Err(MoveError::Closed);
+            };
             // What one region has lost is no reason to leave the others.
             outcome = outcome.and(pull.await);
         }

@@ -9,9 +9,10 @@ use super::{
     core::Origin,
     engine::Engine,
     installer::Installer,
+    order::{Rate, ordered},
     requests::{After, Ask, Failure, check_run},
 };
-use crate::{Extent, PULL_EXTENT_BYTES, PageStore, RegionError, RegionEvent, Run, StoreError, stats::add};
+use crate::{Extent, PULL_EXTENT_BYTES, PageStore, RegionError, RegionEvent, Run, StoreError, options::PullPlan, stats::add};
 use std::{
     sync::{
         Arc, PoisonError, Weak,
@@ -70,7 +71,8 @@ impl Engine {
     }
 
     /// Streams all that is missing in the background and returns when nothing is.
-    pub(crate) async fn pull(engine: Weak<Engine>, id: RegionId) -> Result<(), RegionError> {
+    pub(crate) async fn pull(engine: Weak<Engine>, id: RegionId, plan: PullPlan) -> Result<(), RegionError> {
+        let mut rate = Rate::new(plan.bytes_s, Instant::now());
         let (mut attempt, mut failing_since) = (0, None);
         loop {
             let Some(strong) = engine.upgrade() else { return Err(RegionError::PagerStopped) };
@@ -93,6 +95,7 @@ impl Engine {
                 }
                 Ok((residency.unasked(all).collect::<Vec<_>>(), entry.store.clone()))
             });
+            let page = strong.page;
             drop(strong);
             let (missing, store) = match look.ok_or(RegionError::PagerStopped)? {
                 Ok(work) => work,
@@ -103,7 +106,8 @@ impl Engine {
                 changed.await;
                 continue;
             }
-            let (pages, end) = pull_once(&engine, id, &store, missing.clone()).await?;
+            let missing = ordered(missing, &plan.order, page);
+            let (pages, end) = pull_once(&engine, id, &store, missing.clone(), &mut rate).await?;
             if pages > 0 {
                 (attempt, failing_since) = (0, None);
             }
@@ -149,10 +153,11 @@ async fn pull_once(
     id: RegionId,
     store: &Arc<dyn PageStore>,
     missing: Vec<Extent>,
+    rate: &mut Rate,
 ) -> Result<(u64, Result<(), StoreError>), RegionError> {
     let installer = engine.upgrade().ok_or(RegionError::PagerStopped)?.installer()?;
     let wanted_pages = Arc::new(AtomicU64::new(0));
-    let end = stream_in(engine, id, store, missing, &installer, &wanted_pages).await;
+    let end = stream_in(engine, id, store, missing, (&installer, &wanted_pages), rate).await;
     // What came is here before anybody asks what is still missing.
     installer.settled().await?;
     Ok((wanted_pages.load(Relaxed), end?))
@@ -163,8 +168,8 @@ async fn stream_in(
     id: RegionId,
     store: &Arc<dyn PageStore>,
     missing: Vec<Extent>,
-    installer: &Installer,
-    wanted_pages: &Arc<AtomicU64>,
+    (installer, wanted_pages): (&Installer, &Arc<AtomicU64>),
+    rate: &mut Rate,
 ) -> Result<Result<(), StoreError>, RegionError> {
     let mut pull = match store.pull(missing).await {
         Ok(pull) => pull,
@@ -184,7 +189,12 @@ async fn stream_in(
         if let Err(error) = check_run(&run, within, page) {
             return Ok(Err(error));
         }
+        let bytes = run.content_bytes() as u64;
         installer.install(id, vec![run], wanted_pages.clone()).await?;
+        let wait = rate.after(bytes, Instant::now());
+        if !wait.is_zero() {
+            tokio::time::sleep(wait).await;
+        }
         // A fault that came meanwhile goes first.
         tokio::task::yield_now().await;
     }

@@ -15,6 +15,7 @@ mod install;
 mod installer;
 pub(crate) mod model;
 mod moment;
+mod order;
 mod place;
 mod requests;
 mod residency;

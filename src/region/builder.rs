@@ -42,6 +42,7 @@ pub struct RegionBuilder {
     fault_around: Option<FaultAround>,
     loss: LossPolicy,
     in_core_dumps: bool,
+    read_only: bool,
 }
 
 impl RegionBuilder {
@@ -113,6 +114,14 @@ impl RegionBuilder {
         self
     }
 
+    /// Whether nobody may write it: [`Region::write_at`] and [`Region::discard`] answer [`RegionError::ReadOnly`], and a store through [`Region::as_ptr`] or an atomic raises SIGSEGV,
+    /// as in a file that is mapped to be read (mmap(2), `PROT_READ`). For regions with a store. Default no.
+    #[must_use]
+    pub fn read_only(mut self, yes: bool) -> RegionBuilder {
+        self.read_only = yes;
+        self
+    }
+
     /// Maps and, with a store, registers it.
     ///
     /// # Errors
@@ -151,6 +160,11 @@ impl RegionBuilder {
                 Some(Paged::join(&self.name, &mapping, pager, core, store, self.loss, Some(Trap::Missing))?)
             }
         };
+        let read_only = self.read_only && paged.is_some();
+        if read_only {
+            // After it was registered, which takes memory that may be written (UFFDIO_REGISTER(2const)).
+            mapping.forbid_writes()?;
+        }
         Ok(Region {
             inner: Arc::new(Inner {
                 name: self.name,
@@ -162,6 +176,7 @@ impl RegionBuilder {
                 followed: Mutex::default(),
                 changing: Mutex::default(),
                 follower: self.pager,
+                read_only,
             }),
         })
     }

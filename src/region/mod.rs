@@ -13,6 +13,7 @@ mod tracking;
 
 use crate::{
     Extent, Hops, LossPolicy, PageSize, PageStore, Pager, RegionError, RegionEvent, Stats,
+    options::PullPlan,
     pager::{Core, Engine, Entry, RegionId},
     stats::Counters,
     sys::{Mapping, Trap},
@@ -25,7 +26,7 @@ use std::{
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
 };
-use tokio::sync::broadcast;
+use tokio::{sync::broadcast, task::JoinHandle};
 
 pub(crate) use arrival::Upstream;
 pub use builder::RegionBuilder;
@@ -89,6 +90,7 @@ struct Inner {
     changing: Mutex<()>,
     /// Who is to follow them.
     follower: Option<Pager>,
+    read_only: bool,
 }
 
 /// The part of a region that a pager fills, or follows.
@@ -232,8 +234,9 @@ impl Region {
     /// Copies bytes in, as [`read_at`](Region::read_at) copies out.
     ///
     /// # Errors
-    /// As for [`read_at`](Region::read_at).
+    /// As for [`read_at`](Region::read_at), and [`RegionError::ReadOnly`].
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), RegionError> {
+        self.refuse_read_only()?;
         self.refuse_lost(offset, bytes.len())?;
         self.mapping().write_at(offset, bytes)
     }
@@ -281,6 +284,15 @@ impl Region {
         paged.pager.service().run(engine.populate(id, within)).unwrap_or(Err(RegionError::PagerStopped))
     }
 
+    /// As [`populate`](Region::populate), and does not wait.
+    pub(crate) fn bring(&self, range: Range<u64>) -> Result<(), RegionError> {
+        let within = self.pages_of(range)?;
+        if let Some(paged) = self.paged() {
+            drop(paged.pager.service().spawn(paged.pager.engine().clone().populate(paged.id, within)));
+        }
+        Ok(())
+    }
+
     /// Streams everything that is missing in the background; returns when nothing is. Faults overtake it.
     ///
     /// Cancellation: dropping the future leaves the pull running; dropping the region ends it.
@@ -288,21 +300,25 @@ impl Region {
     /// # Errors
     /// [`RegionError::Lost`] when pages were given up, [`RegionError::PagerStopped`] when the region was dropped meanwhile.
     pub async fn pull(&self) -> Result<(), RegionError> {
-        self.pull_owned().await
+        self.pull_owned(PullPlan::default()).await
     }
 
     /// As [`pull`](Region::pull), without holding the region: dropping its last handle ends the pull.
-    pub(crate) fn pull_owned(&self) -> impl Future<Output = Result<(), RegionError>> + Send + use<> {
-        let pull = self.paged().map(|paged| {
-            let pull = Engine::pull(Arc::downgrade(paged.pager.engine()), paged.id);
-            paged.pager.service().spawn(pull)
-        });
+    pub(crate) fn pull_owned(&self, plan: PullPlan) -> impl Future<Output = Result<(), RegionError>> + Send + use<> {
+        let pull = self.begin_pull(plan);
         async move {
             match pull {
                 None => Ok(()),
                 Some(pull) => pull.await.map_err(|_| RegionError::PagerStopped)?,
             }
         }
+    }
+
+    /// The task of a pull; `None` if there is nothing to pull.
+    pub(crate) fn begin_pull(&self, plan: PullPlan) -> Option<JoinHandle<Result<(), RegionError>>> {
+        let paged = self.paged()?;
+        let pull = Engine::pull(Arc::downgrade(paged.pager.engine()), paged.id, plan);
+        Some(paged.pager.service().spawn(pull))
     }
 
     /// A handle that does not keep the memory.
@@ -314,8 +330,9 @@ impl Region {
     /// whole pages.
     ///
     /// # Errors
-    /// [`RegionError::OutOfRange`], [`RegionError::Misaligned`].
+    /// [`RegionError::OutOfRange`], [`RegionError::Misaligned`], [`RegionError::ReadOnly`].
     pub fn discard(&self, range: Range<u64>) -> Result<(), RegionError> {
+        self.refuse_read_only()?;
         for offset in [range.start, range.end] {
             if !offset.is_multiple_of(self.inner.page.bytes()) {
                 return Err(RegionError::Misaligned { offset, align: self.inner.page.len() });
@@ -412,6 +429,10 @@ impl Region {
             return Err(out);
         }
         self.inner.page.extent_of(range.start, len).ok_or(out)
+    }
+
+    fn refuse_read_only(&self) -> Result<(), RegionError> {
+        if self.inner.read_only { Err(RegionError::ReadOnly { region: self.name().to_owned() }) } else { Ok(()) }
     }
 
     fn refuse_lost(&self, offset: u64, len: usize) -> Result<(), RegionError> {

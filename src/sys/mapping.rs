@@ -247,6 +247,13 @@ impl Mapping {
         Ok(())
     }
 
+    /// Makes writes raise SIGSEGV, for good. What is missing is filled all the same.
+    pub(crate) fn forbid_writes(&self) -> Result<(), RegionError> {
+        // SAFETY: this mapping's own range (M1), which stays mapped; what is forbidden is a signal and changes no content.
+        unsafe { nix::sys::mman::mprotect(self.start, self.len, ProtFlags::PROT_READ) }
+            .map_err(|errno| RegionError::system("mprotect", errno))
+    }
+
     /// Makes any access raise SIGSEGV: the last resort for missing pages on kernels without `UFFDIO_POISON` (S1).
     pub(crate) fn forbid(&self, offset: u64, len: usize) -> Result<(), RegionError> {
         let address = self.address_of(offset, len)?;

@@ -11,16 +11,18 @@ use lexer::{paths, tokens, without_test_items};
 use std::{collections::HashMap, fs, path::Path};
 
 /// The vocabulary: imported by all, imports only itself.
-const WORDS: &[&str] = &["page", "page_store", "error", "options", "stats", "service"];
+const WORDS: &[&str] = &["page", "page_store", "error", "options", "stats", "service", "flow"];
 /// Where bytes come from and go to. These do not import each other: a handle brings them together.
 const IO: &[&str] = &["store", "pager", "net", "block"];
 /// Decisions: (event, now) -> actions. They import words and pure neighbours in their own folder, and meet no clock and no system.
 const PURE: &[&str] = &[
+    "flow",
     "pager::core",
     "pager::residency",
     "pager::written",
     "pager::moment",
     "pager::around",
+    "pager::order",
     "pager::address_map",
     "pager::retry",
     "net::wire",
