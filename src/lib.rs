@@ -32,7 +32,7 @@ pub use migrate::{
     Source, SourceBuilder, Standby, StandbyOptions, Strategy,
 };
 pub use migrate::{FrozenProgram, Snapshot, SnapshotBuilder, SnapshotError, SnapshotProgress};
-pub use mount::{Mount, MountBuilder, MountError, MountEvent, MountProgress, Pushed};
+pub use mount::{Mount, MountBuilder, MountError, MountEvent, MountProgress, Pushed, WorkingSet, WorkingSetError};
 pub use net::{
     Grant, Identity, IdentityError, Peer, PeerBuilder, PeerId, PeerIdError, RemoteStore, Server, ServerBuilder, TransportOptions,
     Trust,

@@ -4,9 +4,14 @@
 //! `read` and `pull` on its own thread; `net::server` calls them to answer a peer. Invariants: a read gives exactly the pages
 //! asked for; a store never touches a region of the pager that calls it (S2).
 
-use crate::{Extent, PageSize, StoreError};
+use crate::{Extent, PageSize, StoreError, flow::Flow};
 use async_trait::async_trait;
 use bytes::Bytes;
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+use tokio::task::JoinHandle;
 
 /// What the pages of one extent hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -184,7 +189,10 @@ pub trait Pull: Send {
     async fn next(&mut self) -> Result<Option<Run>, StoreError>;
 }
 
-/// The [`Pull`] of a store that has no better way than reading extent after extent.
+/// The [`Pull`] of a store that answers one read at a time: it reads extent after extent, as many at once as the store's latency needs.
+///
+/// How many that is follows from how fast answers come: a store that answers at once is read step by step, one that is 25 ms away by as many bytes as twice what its path holds. Reads run as tasks of
+/// the runtime that asks for the first pages.
 ///
 /// ```
 /// # use pageferry::{Extent, MemoryStore, PageSize, PageStore, Pull};
@@ -198,33 +206,92 @@ pub trait Pull: Send {
 /// ```
 pub struct ReadAfterRead<S> {
     store: S,
-    left: std::collections::VecDeque<Extent>,
-    ready: std::collections::VecDeque<Run>,
+    left: VecDeque<Extent>,
+    /// In the order asked for.
+    reading: VecDeque<Reading>,
+    reading_bytes: u64,
+    ready: VecDeque<Run>,
+    flow: Flow,
+}
+
+/// Memory for answers that came before they are wanted.
+const READING_MAX_BYTES: u64 = 64 << 20;
+
+/// Ends with the pull.
+struct Reading {
+    bytes: u64,
+    task: JoinHandle<(Result<Vec<Run>, StoreError>, Duration, Instant)>,
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
 }
 
 impl<S: PageStore + Clone> ReadAfterRead<S> {
     /// A pull that reads `extents` from `store` in steps of [`PULL_EXTENT_BYTES`].
     pub fn new(store: S, extents: Vec<Extent>) -> ReadAfterRead<S> {
-        ReadAfterRead { store, left: extents.into(), ready: std::collections::VecDeque::new() }
+        let flow = Flow::new(PULL_EXTENT_BYTES, READING_MAX_BYTES, Instant::now());
+        let (reading, ready) = (VecDeque::new(), VecDeque::new());
+        ReadAfterRead { store, left: extents.into(), reading, reading_bytes: 0, ready, flow }
+    }
+
+    /// Asks for as much more as may be on the way.
+    fn ask(&mut self) {
+        let page = self.store.page_size();
+        let step = (PULL_EXTENT_BYTES / page.bytes()).max(1);
+        while let Some(extent) = self.left.front().copied() {
+            let now = Extent::between(extent.first(), extent.end().min(extent.first().saturating_add(step)));
+            let bytes = now.bytes(page);
+            if !self.flow.allows(self.reading_bytes, bytes) {
+                return;
+            }
+            self.left.pop_front();
+            let later = Extent::between(now.end(), extent.end());
+            if !later.is_empty() {
+                self.left.push_front(later);
+            }
+            if now.is_empty() {
+                continue;
+            }
+            let (store, asked) = (self.store.clone(), Instant::now());
+            let read = async move {
+                let answer = store.read(now).await;
+                (answer, asked.elapsed(), Instant::now())
+            };
+            self.reading_bytes += bytes;
+            self.reading.push_back(Reading { bytes, task: tokio::spawn(read) });
+        }
     }
 }
 
 #[async_trait]
 impl<S: PageStore + Clone> Pull for ReadAfterRead<S> {
     async fn next(&mut self) -> Result<Option<Run>, StoreError> {
-        let step = (PULL_EXTENT_BYTES / self.store.page_size().bytes()).max(1);
         loop {
             if let Some(run) = self.ready.pop_front() {
                 return Ok(Some(run));
             }
-            let Some(extent) = self.left.pop_front() else { return Ok(None) };
-            let now = Extent::between(extent.first(), extent.end().min(extent.first().saturating_add(step)));
-            let later = Extent::between(now.end(), extent.end());
-            if !later.is_empty() {
-                self.left.push_front(later);
-            }
-            if !now.is_empty() {
-                self.ready.extend(self.store.read(now).await?);
+            self.ask();
+            let Some(reading) = self.reading.front_mut() else { return Ok(None) };
+            // Taken out once it is answered: a dropped `next` goes on where it stopped.
+            let answered = (&mut reading.task).await;
+            let bytes = reading.bytes;
+            self.reading_bytes -= bytes;
+            self.reading.pop_front();
+            let outcome = answered.map_err(|_| StoreError::Protocol("the store panicked in a read".into()));
+            let outcome = outcome.and_then(|(runs, latency, at)| {
+                self.flow.answered(bytes, latency, at);
+                runs
+            });
+            match outcome {
+                Ok(runs) => self.ready.extend(runs),
+                Err(error) => {
+                    (self.left, self.reading) = Default::default();
+                    self.reading_bytes = 0;
+                    return Err(error);
+                }
             }
         }
     }

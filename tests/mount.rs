@@ -7,7 +7,7 @@ use common::*;
 use pageferry::{
     Extent, FaultAround, Grant, Identity, MemoryStore, Mount, MountBuilder, MountError, MountEvent, PULL_EXTENT_BYTES, PageSize,
     PageStore, Pager, PagerOptions, Peer, Pull, PullOrder, ReadAfterRead, RegionError, Run, Server, StoreError, TrackerKind,
-    testing::Gated,
+    WorkingSet, WorkingSetError, testing::Gated,
 };
 use std::{
     collections::VecDeque,
@@ -425,6 +425,36 @@ fn a_mount_that_may_only_be_read_refuses_writes() {
         println!("and written");
     })
     .ends_by(libc::SIGSEGV, "it can be read");
+}
+
+#[test]
+fn what_was_touched_first_is_pulled_first_the_next_time() {
+    if !uffd() {
+        return;
+    }
+    let _watchdog = watchdog();
+    let store = gated(1000);
+    store.open();
+    let mount = mount_of(store.clone()).record_touches().open().unwrap();
+    for page in [700, 701, 3, 700, 500, 2] {
+        assert_page(mount.region(), page);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("start.pages");
+    mount.working_set().save(&file).unwrap();
+    let working_set = WorkingSet::load(&file).unwrap();
+    assert_eq!(working_set, mount.working_set());
+    let expected = [Extent::between(700, 702), Extent::page(3), Extent::page(500), Extent::page(2)];
+    assert_eq!((working_set.extents(), working_set.pages()), (&expected[..], 5));
+    drop(mount);
+
+    let before = store.reads().len();
+    let mount = mount_of(store.clone()).pull_order(working_set.order()).open().unwrap();
+    block_on(mount.pulled()).unwrap();
+    assert_eq!(store.reads()[before..][..4], expected);
+    (0..1000).for_each(|page| assert_page(mount.region(), page));
+    let error = WorkingSet::load(folder.path().join("none")).unwrap_err();
+    assert!(matches!(error, WorkingSetError::File { .. }), "{error}");
 }
 
 #[test]

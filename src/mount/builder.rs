@@ -39,6 +39,7 @@ pub struct MountBuilder {
     store: Arc<dyn PageStore>,
     name: String,
     read_only: bool,
+    record: bool,
     pager: Option<Pager>,
     fault_around: Option<FaultAround>,
     loss: LossPolicy,
@@ -55,6 +56,7 @@ impl MountBuilder {
             store,
             name: String::new(),
             read_only: false,
+            record: false,
             pager: None,
             fault_around: None,
             loss: LossPolicy::default(),
@@ -85,6 +87,14 @@ impl MountBuilder {
     #[must_use]
     pub fn read_only(mut self) -> MountBuilder {
         self.read_only = true;
+        self
+    }
+
+    /// Records which pages are touched first, for [`Mount::working_set`]. What is here before it is touched cannot be seen: nothing is pulled, and only the page that is touched comes, unless
+    /// an order, a limit or a [`fault_around`](MountBuilder::fault_around) is asked for after this. 8 bytes a touched page.
+    #[must_use]
+    pub fn record_touches(mut self) -> MountBuilder {
+        (self.record, self.pull, self.fault_around) = (true, None, Some(FaultAround::OFF));
         self
     }
 
@@ -172,6 +182,9 @@ impl MountBuilder {
             region = region.fault_around(around);
         }
         let region = region.open()?;
+        if self.record {
+            region.record_touches();
+        }
         let events = broadcast::Sender::new(EVENTS_KEPT);
         let pull = self.pull.and_then(|plan| region.begin_pull(plan)).map(|pull| {
             let (told, ended) = watch::channel(None);

@@ -5,6 +5,7 @@
 
 mod builder;
 mod push;
+mod working_set;
 
 use crate::{Extent, Region, RegionError, StoreError};
 use push::Pusher;
@@ -20,6 +21,7 @@ use tokio::{
 };
 
 pub use builder::MountBuilder;
+pub use working_set::{WorkingSet, WorkingSetError};
 
 /// A store as memory.
 ///
@@ -216,6 +218,12 @@ impl Mount {
             if running { left(residency.resident, residency.missing(), pull.since.elapsed()) } else { None }
         });
         MountProgress { pages: residency.pages, resident_pages: residency.resident, left }
+    }
+
+    /// The pages that were touched so far, in order, if [that is recorded](MountBuilder::record_touches); else none.
+    #[must_use]
+    pub fn working_set(&self) -> WorkingSet {
+        WorkingSet::of_touches(self.region.page_size(), self.region.extent().count(), &self.region.touched())
     }
 
     /// News of this mount from now on. A receiver that falls 64 events behind misses the oldest.

@@ -114,6 +114,8 @@ pub(crate) struct Entry {
     pub(super) tracking: Option<Tracking>,
     /// While what it held at a moment is kept.
     pub(super) freezing: Option<Freezing>,
+    /// Pages that threads waited for, in order, while that is recorded.
+    pub(crate) touched: Option<Vec<u64>>,
 }
 
 impl Entry {
@@ -127,8 +129,8 @@ impl Entry {
         mapping: Weak<Mapping>,
     ) -> Entry {
         let (outage, any_lost, changed) = (Outage::default(), Arc::default(), Arc::new(Notify::new()));
-        let (tracking, freezing) = (None, None);
-        Entry { name, core, store, loss, outage, cause: None, any_lost, counters, events, changed, mapping, tracking, freezing }
+        let (cause, tracking, freezing, touched) = (None, None, None, None);
+        Entry { name, core, store, loss, outage, cause, any_lost, counters, events, changed, mapping, tracking, freezing, touched }
     }
 
     pub(crate) fn residency(&self) -> &Residency {
@@ -334,6 +336,9 @@ impl Engine {
         let Some(entry) = state.regions.get_mut(&id) else { return };
         add(&entry.counters.faults, 1);
         let decision = entry.core.fault(page);
+        if let (Some(touched), Decision::Ask { .. } | Decision::Joined) = (&mut entry.touched, &decision) {
+            touched.push(page);
+        }
         if broken && matches!(decision, Decision::Ask { .. } | Decision::Joined) {
             for lost in entry.core.lose(Extent::page(page)) {
                 self.poison(state, id, lost);

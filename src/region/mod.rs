@@ -284,6 +284,19 @@ impl Region {
         paged.pager.service().run(engine.populate(id, within)).unwrap_or(Err(RegionError::PagerStopped))
     }
 
+    /// Begins to record which pages threads wait for.
+    pub(crate) fn record_touches(&self) {
+        if let Some(paged) = self.paged() {
+            paged.pager.engine().with_entry(paged.id, |entry| entry.touched = Some(Vec::new()));
+        }
+    }
+
+    /// What was recorded, in order; a page is in it once for each thread that waited for it.
+    pub(crate) fn touched(&self) -> Vec<u64> {
+        let look = |paged: &Paged| paged.pager.engine().with_entry(paged.id, |entry| entry.touched.clone());
+        self.paged().and_then(look).flatten().unwrap_or_default()
+    }
+
     /// As [`populate`](Region::populate), and does not wait.
     pub(crate) fn bring(&self, range: Range<u64>) -> Result<(), RegionError> {
         let within = self.pages_of(range)?;
