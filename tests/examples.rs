@@ -34,6 +34,39 @@ fn quickstart_reads_memory_of_another_program() {
 }
 
 #[test]
+fn a_file_of_another_process_is_mounted_read_and_written() {
+    if !uffd() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    // A last page that is not whole.
+    let mut content: Vec<u8> = (0u32..1 << 20).flat_map(u32::to_le_bytes).chain([1, 2, 3]).collect();
+    std::fs::create_dir(path("files")).unwrap();
+    std::fs::write(path("files/disk.img"), &content).unwrap();
+    let key = path("guest.pem");
+    let id = Run::start("mount", &["id", "--key", &key]).finish();
+    let id = id.out.trim();
+    let mut serving = Run::start("mount", &["serve", "--writable", "--listen", "127.0.0.1:0", "--allow", id, &path("files")]);
+    let served = serving.until("served at ");
+    let words: Vec<&str> = served.split(' ').collect();
+    let map =
+        |more: &[&str]| serving.beside("mount", &[&["map", "--key", &key, words[2], words[4], "disk.img"], more].concat()).finish();
+    for (more, write) in [(&[][..], false), (&["--direct"][..], false), (&["--write", "here is something"][..], true)] {
+        if write {
+            content[..17].copy_from_slice(b"here is something");
+        }
+        let mapped = map(more);
+        assert!(mapped.status.success() && mapped.out.contains(&format!("blake3 {}", blake3::hash(&content))), "{mapped:?}");
+        assert_eq!(std::fs::read(path("files/disk.img")).unwrap(), content);
+    }
+    let refused = serving.beside("mount", &["map", "--key", &key, words[2], words[4], "another"]).finish();
+    assert!(!refused.status.success() && refused.err.contains("another"), "{refused:?}");
+    signal("TERM", serving.child.id());
+    assert_eq!(serving.finish().status.code(), Some(143));
+}
+
+#[test]
 fn live_migration_loses_nothing() {
     if !uffd() {
         return;
