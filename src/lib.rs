@@ -34,8 +34,8 @@ pub use migrate::{
 pub use migrate::{FrozenProgram, Snapshot, SnapshotBuilder, SnapshotError, SnapshotProgress};
 pub use mount::{Mount, MountBuilder, MountError, MountEvent, MountProgress, Pushed, WorkingSet, WorkingSetError};
 pub use net::{
-    Grant, Identity, IdentityError, Peer, PeerBuilder, PeerId, PeerIdError, RemoteStore, Server, ServerBuilder, TransportOptions,
-    Trust,
+    Grant, Identity, IdentityError, LinkControl, LinkShape, LinkShapeError, Peer, PeerBuilder, PeerId, PeerIdError, RemoteStore,
+    Server, ServerBuilder, TransportOptions, Trust,
 };
 pub use options::{FaultAround, Loss, LossPolicy, OnLoss, PagerOptions, PullOrder, RegionEvent, TrackerKind, Verdict};
 pub use page::{Extent, PageSize};

@@ -1,8 +1,9 @@
 //! How QUIC is set up: windows, packet sizes, acknowledgements, time-outs, sockets.
 //!
-//! Role: hop *wire*. Neighbours: `peer` and `server` open their endpoints here, on a socket of `socket`. Invariants: option values that would hang a connection are refused.
+//! Role: hop *wire*. Neighbours: `peer` and `server` open their endpoints here, on a socket of `socket`, or of `shaped`. Invariants: option values that would hang a
+//! connection are refused.
 
-use super::{identity::Identity, socket::QuicSocket};
+use super::{identity::Identity, shape::LinkShape, shaped::ShapedSocket, socket::QuicSocket};
 use crate::{NetError, Service};
 use quinn::{AsyncTimer, AsyncUdpSocket, EndpointConfig, MtuDiscoveryConfig, Runtime, TokioRuntime, TransportConfig, VarInt};
 use quinn_proto::HashedConnectionIdGenerator;
@@ -55,6 +56,8 @@ pub struct TransportOptions {
     pub socket_buffer_bytes: usize,
     /// Whether bulk pages are compressed where that saves at least an eighth. Default true.
     pub compress: bool,
+    /// What the path is made to look like, in both directions: delay, rate, loss, and more. Default none: it is left as it is, at no cost.
+    pub shape: Option<LinkShape>,
 }
 
 impl Default for TransportOptions {
@@ -72,6 +75,7 @@ impl Default for TransportOptions {
             answer_timeout: Duration::from_secs(10),
             socket_buffer_bytes: 4 << 20,
             compress: true,
+            shape: None,
         }
     }
 }
@@ -115,7 +119,7 @@ impl TransportOptions {
                 return invalid(option, &value, "above 0");
             }
         }
-        Ok(())
+        self.shape.as_ref().map_or(Ok(()), LinkShape::check)
     }
 
     /// What pageferry's own endpoints are, for a baseline that must differ from them in nothing but what it carries. Inside a runtime.
@@ -177,7 +181,13 @@ impl TransportOptions {
         })?;
         let runtime = Arc::new(runtime.clone());
         let socket = QuicSocket::new(socket, self.mtu_max_bytes, &runtime);
-        let socket = Arc::new(socket.map_err(|error| failed("registering a UDP socket", error))?);
+        let registered = socket.and_then(|socket| -> io::Result<Arc<dyn AsyncUdpSocket>> {
+            match &self.shape {
+                None => Ok(Arc::new(socket)),
+                Some(shape) => Ok(Arc::new(ShapedSocket::new(socket, shape, runtime.handle())?)),
+            }
+        });
+        let socket = registered.map_err(|error| failed("registering a UDP socket", error))?;
         quinn::Endpoint::new_with_abstract_socket(config, server, socket, runtime)
             .map_err(|error| failed("opening a QUIC endpoint", error))
     }
@@ -273,7 +283,7 @@ mod tests {
     #[test]
     fn values_that_would_hang_are_refused_with_the_range() {
         type Change = fn(&mut TransportOptions);
-        let changes: [(&str, Change); 8] = [
+        let changes: [(&str, Change); 9] = [
             ("mtu_max_bytes", |o| o.mtu_max_bytes = 12_000),
             ("stream_window_bytes", |o| o.stream_window_bytes = 1000),
             ("send_window_bytes", |o| o.send_window_bytes = 1000),
@@ -282,6 +292,7 @@ mod tests {
             ("ack_every_packets", |o| o.ack_every_packets = 0),
             ("connect_timeout", |o| o.connect_timeout = Duration::ZERO),
             ("answer_timeout", |o| o.answer_timeout = Duration::ZERO),
+            ("shape.loss", |o| o.shape = Some(LinkShape { loss: 2.0, ..LinkShape::default() })),
         ];
         for (name, change) in changes {
             let mut options = TransportOptions::default();

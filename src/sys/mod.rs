@@ -1,7 +1,7 @@
 //! The only unsafe code: mappings, userfaultfd and the ioctls that its crate lacks.
 //!
 //! Role: turns system calls into safe functions that return outcomes instead of errnos. Neighbours: used by `pager` (userfault,
-//! install, pagemap), `region` (mapping) and `net` (watch); imports only the words. Invariants that SAFETY comments cite:
+//! install, pagemap), `region` (mapping) and `net` (watch, timer); imports only the words. Invariants that SAFETY comments cite:
 //! M1 a [`Mapping`] owns its address range from creation to drop: `start..start + len` stays reserved for it;
 //! M2 no `&[u8]` or `&mut [u8]` of a mapping is ever made here: bytes are read and written as relaxed atomics or by the kernel (S8);
 //! M3 the bytes of [`Copies`] are reached only through the one [`Piece`] that holds them, and no other mapping of them or descriptor for them leaves it;
@@ -12,6 +12,7 @@ mod forks;
 mod inbox;
 mod mapping;
 mod pagemap;
+mod timer;
 mod userfault;
 mod watch;
 
@@ -20,5 +21,6 @@ pub(crate) use forks::Attended;
 pub(crate) use inbox::Message;
 pub(crate) use mapping::{MapAt, Mapping, page_size, read_live_at};
 pub(crate) use pagemap::Pagemap;
+pub(crate) use timer::Timer;
 pub(crate) use userfault::{Access, Features, OpenError, Stop, Trap, Userfault};
 pub(crate) use watch::watch;

@@ -1,6 +1,6 @@
 //! Descriptors that a runtime watches.
 //!
-//! Role: tells I/O when a descriptor has something, or room. Neighbours: `pager` watches its userfaultfd, `net` its sockets. Invariants: only types that own
+//! Role: tells I/O when a descriptor has something, or room. Neighbours: `pager` watches its userfaultfd, `net` its sockets; `timer` its timerfd. Invariants: only types that own
 //! their descriptor can be watched, so it stays open and the same until the watch is dropped.
 
 use std::{

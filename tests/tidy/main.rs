@@ -27,6 +27,8 @@ const PURE: &[&str] = &[
     "pager::retry",
     "net::wire",
     "net::codec",
+    "net::shape",
+    "net::shaper",
     "migrate::handover",
     "migrate::owed",
     "migrate::points",
