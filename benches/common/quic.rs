@@ -11,7 +11,7 @@ use super::{
 };
 use bytes::Bytes;
 use pageferry::{
-    Grant, Hop, Identity, MemoryStore, PageSize, PageStore, Pager, PagerOptions, Peer, PeerId, Region, RegionBuilder, Server,
+    DEFAULT_POLL_BUDGET, Grant, LinkShape, Hop, Identity, MemoryStore, PageSize, PageStore, Pager, PagerOptions, Peer, PeerId, Region, RegionBuilder, Server,
     Service, TransportOptions, Trust,
 };
 use serde_json::{Value, json};
@@ -28,7 +28,7 @@ pub fn listen(pages: Bytes, question: &Value, servers: &mut Vec<Server>) -> Resu
     // The thread that a server starts by itself, but for the budget.
     let service = Service::start("pageferry-serve", Duration::from_micros(field(question, "poll_us", Value::as_u64)?))?;
     let store = MemoryStore::from_bytes(pages, PageSize::KIB_4);
-    let server = Server::builder(&identity).grant(client, GRANT, store, Grant::Read).transport(transport(mtu)).service(&service);
+    let server = Server::builder(&identity).grant(client, GRANT, store, Grant::ReadWrite).transport(transport(mtu)).service(&service);
     let server = server.listen("127.0.0.1:0".parse::<SocketAddr>()?)?;
     let answer = json!({ "address": server.local_addr().to_string(), "id": identity.peer_id().to_string() });
     servers.push(server);
@@ -46,16 +46,26 @@ pub struct Ferry {
 impl Ferry {
     /// Both ends poll for up to `poll_budget` before they sleep.
     pub fn connect(server: &mut server::Server, options: Options, poll_budget: Duration) -> Result<Ferry> {
+        Ferry::connect_by(server, transport(options.mtu()), poll_budget)
+    }
+
+    /// The same over a link that takes `rtt` more for there and back, with default polling.
+    pub fn over_a_link(server: &mut server::Server, mtu: u16, rtt: Duration) -> Result<Ferry> {
+        let shape = (!rtt.is_zero()).then(|| LinkShape { rtt, ..LinkShape::default() });
+        Ferry::connect_by(server, TransportOptions { shape, ..transport(mtu) }, DEFAULT_POLL_BUDGET)
+    }
+
+    fn connect_by(server: &mut server::Server, options: TransportOptions, poll_budget: Duration) -> Result<Ferry> {
         let identity = Identity::generate()?;
         let client = identity.peer_id().to_string();
         let poll_us = u64::try_from(poll_budget.as_micros())?;
-        let listening = server.listen("quic", json!({ "client": client, "mtu": options.mtu(), "poll_us": poll_us }))?;
+        let listening = server.listen("quic", json!({ "client": client, "mtu": options.mtu_max_bytes, "poll_us": poll_us }))?;
         let address: SocketAddr = field(&listening, "address", Value::as_str)?.parse()?;
         let id: PeerId = field(&listening, "id", Value::as_str)?.parse()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
 
         let pager = Pager::start(&PagerOptions { poll_budget, ..PagerOptions::default() })?;
-        let peer = Peer::builder(address, Trust::ids([id]), &identity).transport(transport(options.mtu())).service(pager.service());
+        let peer = Peer::builder(address, Trust::ids([id]), &identity).transport(options).service(pager.service());
         let peer = runtime.block_on(peer.connect())?;
         let store = Arc::new(runtime.block_on(peer.open(GRANT))?);
         Ok(Ferry { peer, pager, runtime, store })
@@ -64,6 +74,16 @@ impl Ferry {
     /// A region filled from the server.
     pub fn region(&self) -> RegionBuilder {
         Region::builder().pager(&self.pager).shared_store(self.store.clone())
+    }
+
+    /// What it serves.
+    pub fn store(&self) -> Arc<dyn PageStore> {
+        self.store.clone()
+    }
+
+    /// Waits for what has no runtime of its own.
+    pub fn wait<T, E: Into<Box<dyn std::error::Error>>>(&self, future: impl Future<Output = std::result::Result<T, E>>) -> Result<T> {
+        self.runtime.block_on(future).map_err(|error| error.into().to_string().into())
     }
 
     /// Brings all of a region in.
