@@ -356,8 +356,7 @@ fn no_write_is_lost_under_racing_writers_and_failing_writes() {
     let _watchdog = watchdog();
     const PAGES: u64 = 200;
     for tracker in [TrackerKind::WpAsync, TrackerKind::WpSync] {
-        let mut options = PagerOptions::default();
-        options.tracker = Some(tracker);
+        let options = PagerOptions { tracker: Some(tracker), ..PagerOptions::default() };
         let Ok(pager) = Pager::start(&options) else { continue };
         let book = Book::new(PAGES);
         let mount = Mount::builder(Arc::new(book.clone())).pager(&pager).push_every(Duration::from_millis(1));

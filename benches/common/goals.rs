@@ -229,7 +229,14 @@ pub static PLOTS: &[Plot] = &[
     Plot {
         file: "rtt_write",
         title: "The same written back, until it is durable there (MB/s)",
-        keys: &["write_mb_s_rtt0", "write_mb_s_rtt1", "write_mb_s_rtt5", "write_mb_s_rtt10", "write_mb_s_rtt25", "write_mb_s_rtt50"],
+        keys: &[
+            "write_mb_s_rtt0",
+            "write_mb_s_rtt1",
+            "write_mb_s_rtt5",
+            "write_mb_s_rtt10",
+            "write_mb_s_rtt25",
+            "write_mb_s_rtt50",
+        ],
     },
     Plot {
         file: "rtt_demand",

@@ -11,8 +11,8 @@ use super::{
 };
 use bytes::Bytes;
 use pageferry::{
-    DEFAULT_POLL_BUDGET, Grant, LinkShape, Hop, Identity, MemoryStore, PageSize, PageStore, Pager, PagerOptions, Peer, PeerId, Region, RegionBuilder, Server,
-    Service, TransportOptions, Trust,
+    DEFAULT_POLL_BUDGET, Grant, Hop, Identity, LinkShape, MemoryStore, PageSize, PageStore, Pager, PagerOptions, Peer, PeerId,
+    Region, RegionBuilder, Server, Service, TransportOptions, Trust,
 };
 use serde_json::{Value, json};
 use std::{net::SocketAddr, sync::Arc, time::Duration};
@@ -28,7 +28,8 @@ pub fn listen(pages: Bytes, question: &Value, servers: &mut Vec<Server>) -> Resu
     // The thread that a server starts by itself, but for the budget.
     let service = Service::start("pageferry-serve", Duration::from_micros(field(question, "poll_us", Value::as_u64)?))?;
     let store = MemoryStore::from_bytes(pages, PageSize::KIB_4);
-    let server = Server::builder(&identity).grant(client, GRANT, store, Grant::ReadWrite).transport(transport(mtu)).service(&service);
+    let server =
+        Server::builder(&identity).grant(client, GRANT, store, Grant::ReadWrite).transport(transport(mtu)).service(&service);
     let server = server.listen("127.0.0.1:0".parse::<SocketAddr>()?)?;
     let answer = json!({ "address": server.local_addr().to_string(), "id": identity.peer_id().to_string() });
     servers.push(server);
@@ -82,7 +83,10 @@ impl Ferry {
     }
 
     /// Waits for what has no runtime of its own.
-    pub fn wait<T, E: Into<Box<dyn std::error::Error>>>(&self, future: impl Future<Output = std::result::Result<T, E>>) -> Result<T> {
+    pub fn wait<T, E: Into<Box<dyn std::error::Error>>>(
+        &self,
+        future: impl Future<Output = std::result::Result<T, E>>,
+    ) -> Result<T> {
         self.runtime.block_on(future).map_err(|error| error.into().to_string().into())
     }
 

@@ -42,8 +42,11 @@ pub(super) struct Pusher {
 #[derive(Clone, Default)]
 pub(super) struct Hooks {
     pub(super) before: Option<Arc<dyn Fn() + Send + Sync>>,
-    pub(super) after: Option<Arc<dyn Fn(&Result<Pushed, MountError>) + Send + Sync>>,
+    pub(super) after: Option<Arc<After>>,
 }
+
+/// Told of what came of a push.
+type After = dyn Fn(&Result<Pushed, MountError>) + Send + Sync;
 
 /// Memory for copies that are on their way.
 const ON_THE_WAY_MAX_BYTES: u64 = 64 << 20;

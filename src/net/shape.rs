@@ -144,6 +144,11 @@ impl LinkShape {
 
     /// Reads a size as a command line has it: `256KiB`, `1MB`.
     ///
+    /// ```
+    /// # use pageferry::LinkShape;
+    /// assert_eq!(LinkShape::parse_bytes("256KiB"), Ok(262_144));
+    /// ```
+    ///
     /// # Errors
     /// Says what was read and what is accepted.
     pub fn parse_bytes(text: &str) -> Result<u64, LinkShapeError> {
