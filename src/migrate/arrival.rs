@@ -8,7 +8,7 @@ use super::MoveError;
 use crate::{
     Extent, Region, RegionError, Run,
     net::{Fed, FeedReader, StreamError},
-    region::{Upstream, WeakRegion},
+    region::{Landing, Upstream, WeakRegion},
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -34,14 +34,19 @@ impl Arrival {
         let (put, all_put) = oneshot::channel();
         let into = region.clone();
         let putting = tokio::task::spawn_blocking(move || {
-            let mut landing = into.landing();
-            drop(into);
+            // Not before something comes: to end it takes time, which is a part of the pause where nothing comes before that.
+            let (mut landing, mut outcome) = (None, Ok(()));
             while let Some(runs) = to_put.blocking_recv() {
+                let put = |landing: &Landing| runs.iter().try_for_each(|run| landing.put(run));
                 // Goes on taking, or the feed would wait for ever.
-                landing = landing.and_then(|landing| runs.iter().try_for_each(|run| landing.put(run)).map(|()| landing));
+                outcome = outcome.and_then(|()| match &landing {
+                    Some(landing) => put(landing),
+                    None => put(landing.insert(into.landing()?)),
+                });
             }
             // What has not come is no longer waited for.
-            let outcome = landing.map(drop);
+            drop(landing);
+            drop(into);
             let intact = outcome.is_ok();
             let _ = put.send(outcome);
             intact

@@ -27,7 +27,7 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
-use tokio::sync::{OwnedMutexGuard, watch};
+use tokio::sync::{Notify, OwnedMutexGuard, watch};
 
 impl Extension for Shared {
     fn take(&self, stream: TakeStream) -> Pin<Box<dyn Future<Output = ()> + Send>> {
@@ -48,6 +48,7 @@ impl Extension for Shared {
                 copy: None,
                 pause: None,
                 deadline: None,
+                resumed: Arc::default(),
             };
             attempt.run().await;
         })
@@ -93,7 +94,13 @@ pub(super) struct Attempt {
     pub(super) pause: Option<OwnedMutexGuard<()>>,
     /// When this step is given up.
     pub(super) deadline: Option<Instant>,
+    /// Told when the program runs at the destination.
+    resumed: Arc<Notify>,
 }
+
+/// How long a push waits for the program's first steps at the destination: with all processors at work on pages they would wait for a slice of the scheduler, 3 ms. Where RESUMED takes longer to come,
+/// the path is long, and idle for no longer than this.
+const FIRST_STEPS: Duration = Duration::from_millis(5);
 
 /// For how long a step may go on: until its deadline, and while nobody else has ended the attempt.
 pub(super) struct Bound {
@@ -243,7 +250,9 @@ impl Attempt {
                 if let Some((copy, _)) = self.copy.take() {
                     let shared = self.shared.clone();
                     shared.times().rounds = copy.rounds_begun();
+                    let resumed = self.resumed.clone();
                     self.shared.service.spawn(async move {
+                        let _ = tokio::time::timeout(FIRST_STEPS, resumed.notified()).await;
                         // Said before the destination can say that it has all.
                         let sent = |bytes| shared.times().sent_bytes = bytes;
                         // The destination asks for what does not come.
@@ -448,6 +457,7 @@ impl Attempt {
                     return Err(End::Failed("RESUMED came before COMMIT".into()));
                 }
                 self.shared.times().resumed.get_or_insert_with(Instant::now);
+                self.resumed.notify_one();
                 self.shared.tell(MoveEvent::Resumed);
                 return Ok(None);
             }

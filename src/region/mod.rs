@@ -28,7 +28,7 @@ use std::{
 };
 use tokio::{sync::broadcast, task::JoinHandle};
 
-pub(crate) use arrival::Upstream;
+pub(crate) use arrival::{Landing, Upstream};
 pub use builder::RegionBuilder;
 pub use capabilities::Capabilities;
 pub use frozen::Frozen;
