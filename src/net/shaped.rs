@@ -33,8 +33,8 @@ use tokio::{runtime::Handle, sync::Notify};
 
 /// 10 Gbit/s for the 50 ms that each way of a round trip of 100 ms takes.
 const WAY_MAX_BYTES: usize = 64 << 20;
-/// So many datagrams are sent before other tasks of the thread have a turn: as many as quinn takes in one batch.
-const SENDS_A_TURN: usize = 32;
+/// So many batches are sent before other tasks of the thread have a turn: as much as quinn sends in one.
+const SENDS_A_TURN: usize = 4;
 /// So many batches are taken from the kernel, if nothing of them has arrived yet, before other tasks have a turn.
 const RECEIVES_A_TURN: usize = 8;
 
@@ -218,6 +218,19 @@ impl Way {
         self.line.next_at().map(|at| self.began + at)
     }
 
+    /// What has arrived by now of one size and envelope, as one batch for the kernel to cut again (UDP_SEGMENT, udp(7)); `batch` is where it lies.
+    fn leave(&mut self, segments_max: usize, batch: &mut Vec<u8>) -> Option<(usize, Envelope)> {
+        let Datagram { contents, envelope } = self.next_if(|_| true)?;
+        let segment = contents.len();
+        batch.clear();
+        batch.extend_from_slice(&contents);
+        for _ in 1..segments_max {
+            let Some(next) = self.next_if(|next| next.envelope == envelope && next.contents.len() == segment) else { break };
+            batch.extend_from_slice(&next.contents);
+        }
+        Some((segment, envelope))
+    }
+
     /// Puts what has arrived into quinn's buffers, those of one size and sender together, as the kernel does (UDP_GRO, udp(7)); how many buffers that fills.
     fn arrive(&mut self, bufs: &mut [IoSliceMut<'_>], meta: &mut [RecvMeta]) -> usize {
         let mut filled = 0;
@@ -244,10 +257,12 @@ impl Way {
 /// Sends what is under way, each datagram in its time, until nothing is and the endpoint has ended.
 async fn send_in_time(outgoing: Arc<Outgoing>, mut timer: Timer) {
     let mut room = outgoing.socket.clone().create_io_poller();
+    let segments_max = outgoing.socket.max_transmit_segments();
+    let mut batch = Vec::new();
     loop {
         for _ in 0..SENDS_A_TURN {
-            let Some(datagram) = lock(&outgoing.way).next_if(|_| true) else { break };
-            while send(&outgoing.socket, &datagram).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+            let Some((segment, envelope)) = lock(&outgoing.way).leave(segments_max, &mut batch) else { break };
+            while send(&outgoing.socket, &batch, segment, envelope).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
                 if poll_fn(|cx| room.as_mut().poll_writable(cx)).await.is_err() {
                     return; // the runtime ends
                 }
@@ -272,9 +287,10 @@ async fn send_in_time(outgoing: Arc<Outgoing>, mut timer: Timer) {
     }
 }
 
-fn send(socket: &QuicSocket, Datagram { contents, envelope }: &Datagram) -> io::Result<()> {
-    let Envelope { remote, local, ecn } = *envelope;
-    socket.try_send(&Transmit { destination: remote, ecn, contents, segment_size: None, src_ip: local })
+fn send(socket: &QuicSocket, batch: &[u8], segment: usize, envelope: Envelope) -> io::Result<()> {
+    let Envelope { remote, local, ecn } = envelope;
+    let segment_size = (batch.len() > segment).then_some(segment);
+    socket.try_send(&Transmit { destination: remote, ecn, contents: batch, segment_size, src_ip: local })
 }
 
 /// A link takes what comes, and drops what it has no room for.
@@ -326,6 +342,22 @@ mod tests {
         let rest = [(1, vec![vec![4; 300]]), (2, vec![vec![5; 300], vec![6; 300]]), (2, vec![vec![6; 200]])];
         assert_eq!(arrived(&mut way, 9), rest);
         assert_eq!((way.control.passed(), way.control.dropped()), (7, 0));
+    }
+
+    #[test]
+    fn datagrams_of_one_size_and_destination_leave_together_and_in_order() {
+        let mut way = way(&LinkShape::default());
+        way.enter(&[[1; 300], [2; 300], [3; 300]].concat(), 300, of(1));
+        way.enter(&[4; 200], 300, of(1));
+        way.enter(&[5; 200], 300, of(2));
+        let mut left = Vec::new();
+        let mut batch = Vec::new();
+        while let Some((segment, envelope)) = way.leave(2, &mut batch) {
+            left.push((envelope.remote.port(), batch.chunks(segment).map(|datagram| (datagram[0], datagram.len())).collect()));
+        }
+        let expected: [(u16, Vec<(u8, usize)>); 4] =
+            [(1, vec![(1, 300), (2, 300)]), (1, vec![(3, 300)]), (1, vec![(4, 200)]), (2, vec![(5, 200)])];
+        assert_eq!(left, expected);
     }
 
     #[test]
