@@ -50,9 +50,9 @@ impl Ferry {
         Ferry::connect_by(server, transport(options.mtu()), poll_budget)
     }
 
-    /// The same over a link that takes `rtt` more for there and back, with default polling.
+    /// The same over a link that takes `rtt` more for there and back, with default polling. A link of no delay costs as much: what differs is the round trip.
     pub fn over_a_link(server: &mut server::Server, mtu: u16, rtt: Duration) -> Result<Ferry> {
-        let shape = (!rtt.is_zero()).then(|| LinkShape { rtt, ..LinkShape::default() });
+        let shape = Some(LinkShape { rtt, ..LinkShape::default() });
         Ferry::connect_by(server, TransportOptions { shape, ..transport(mtu) }, DEFAULT_POLL_BUDGET)
     }
 
