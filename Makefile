@@ -9,7 +9,7 @@ SOAK_SEED    ?= 1
 GUEST_ARGS   ?= --test-threads=1
 BENCHES      := $(sort $(notdir $(patsubst %/main.rs,%,$(patsubst %.rs,%,$(wildcard benches/*.rs benches/*/main.rs)))))
 
-.PHONY: help demo test test-guest soak check bench fuzz
+.PHONY: help demo test test-guest soak check bench bench-report fuzz
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -49,6 +49,11 @@ bench: ## Run every bench into bench-results/: JSON, plots, a summary (BENCH_ARG
 	@set -e; for bench in $(or $(BENCHES),$(error benches/ holds no bench)); do set -x; \
 	  cargo bench --bench $$bench -- $(BENCH_ARGS) --json $(CURDIR)/bench-results/$$bench.json; { set +x; } 2>/dev/null; done
 	cargo bench --bench report -- $(CURDIR)/bench-results
+
+# Apart from `bench`, so that a look at some figures leaves the committed page alone.
+bench-report: ## Write docs/benchmarks.md and its pictures from what `make bench` measured last
+	@scripts/setup.sh build
+	cargo bench --bench report -- $(CURDIR)/bench-results --docs $(CURDIR)/docs
 
 # `--sanitizer none` is what a stable compiler can do, and enough: the targets reach no unsafe code, and overflow checks stay on.
 # New inputs go to the first folder; fuzz/corpus holds the committed seeds only.

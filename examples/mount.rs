@@ -2,11 +2,14 @@
 //!
 //! Role: a mount as a tool would have it. Neighbours: [`Mount`] and [`FileStore`]. Invariants: exits with 0 only if all that was read came, and all that was written is durable at the other end.
 
+#[path = "common/link.rs"]
+mod link;
 #[path = "common/terminal.rs"]
 mod terminal;
 
 use clap::{Parser, Subcommand};
-use pageferry::{FileStore, Grant, Identity, Mount, PageSize, PageStore, Peer, PeerId, Server};
+use link::Link;
+use pageferry::{FileStore, Grant, Identity, Mount, PageSize, PageStore, Peer, PeerId, Server, Trust};
 use std::{
     error::Error,
     net::SocketAddr,
@@ -70,6 +73,8 @@ enum Role {
         /// Writes this text to the beginning of the file, and waits until it is durable there
         #[arg(long, value_name = "TEXT")]
         write: Option<String>,
+        #[command(flatten)]
+        link: Link,
     },
 }
 
@@ -89,8 +94,9 @@ async fn run(role: Role) -> Result<ExitCode, Failure> {
     match role {
         Role::Id { key } => println!("{}", identity(&key)?.peer_id()),
         Role::Serve { paths, allow, writable, listen } => return serve(&paths, &allow, writable, listen).await,
-        Role::Map { address, peer, name, key, direct, write } => {
-            let peer = Peer::connect(address, peer, &identity(&key)?).await?;
+        Role::Map { address, peer, name, key, direct, write, link } => {
+            let identity = identity(&key)?;
+            let peer = Peer::builder(address, Trust::ids([peer]), &identity).transport(link.transport()).connect().await?;
             map(Arc::new(peer.open(&name).await?), &name, direct, write).await?;
         }
     }

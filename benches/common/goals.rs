@@ -19,6 +19,8 @@ pub enum Baseline {
     Sum(&'static [&'static str]),
     /// Events a second, if each takes the microseconds of this key.
     RateOf(&'static str),
+    /// Nothing: it is a ratio of two medians by itself.
+    One,
 }
 
 /// On which side of a factor the ratio of a figure and its baseline shall lie.
@@ -34,6 +36,7 @@ impl Baseline {
         match self {
             Baseline::Sum(keys) => keys,
             Baseline::RateOf(key) => std::slice::from_ref(key),
+            Baseline::One => &[],
         }
     }
 
@@ -42,6 +45,7 @@ impl Baseline {
         match self {
             Baseline::Sum(keys) => keys.iter().map(|key| figure(key)).sum(),
             Baseline::RateOf(key) => figure(key).map(|us| 1e6 / us),
+            Baseline::One => Some(1.0),
         }
     }
 
@@ -49,6 +53,7 @@ impl Baseline {
         match self {
             Baseline::Sum(keys) => keys.join(" + "),
             Baseline::RateOf(key) => format!("1e6 / {key}"),
+            Baseline::One => String::new(),
         }
     }
 }
@@ -111,6 +116,7 @@ pub static GOALS: &[Goal] = &[
     at_most("first_page_ms_rtt10", 1.0, Baseline::Sum(&["bound_first_page_ms_rtt10"]), None),
     at_most("first_page_ms_rtt25", 1.0, Baseline::Sum(&["bound_first_page_ms_rtt25"]), None),
     at_most("first_page_ms_rtt50", 1.0, Baseline::Sum(&["bound_first_page_ms_rtt50"]), None),
+    at_least("warm_gain_rtt10", 3.0, Baseline::One, None),
     twin!("wp_async_arm_ms"),
     twin!("wp_async_first_write_us"),
     twin!("wp_async_take_ms"),
@@ -154,7 +160,7 @@ pub fn unit_of(key: &str) -> &'static str {
         _ if key.ends_with("_mb_s") || key.contains("_mb_s_rtt") => "MB/s",
         _ if key.contains("_mb_rtt") => "MB",
         _ if key.ends_with("_cpu_s_gib") => "CPU s/GiB",
-        _ if key.ends_with("_ratio") => "times",
+        _ if key.ends_with("_ratio") || key.contains("_gain_") => "times",
         _ if key.ends_with("_ms") => "ms",
         _ if key.ends_with("_total_s") => "s",
         _ if key.ends_with("_sent_mb") => "MB",
@@ -260,6 +266,21 @@ pub static PLOTS: &[Plot] = &[
             "first_page_ms_rtt10",
             "first_page_ms_rtt25",
             "first_page_ms_rtt50",
+        ],
+    },
+    Plot {
+        file: "working_set",
+        title: "A program has touched all that it begins with (ms since its mount was opened)",
+        keys: &[
+            "ondemand_ms_rtt1",
+            "linear_ms_rtt1",
+            "warm_ms_rtt1",
+            "ondemand_ms_rtt10",
+            "linear_ms_rtt10",
+            "warm_ms_rtt10",
+            "ondemand_ms_rtt25",
+            "linear_ms_rtt25",
+            "warm_ms_rtt25",
         ],
     },
     Plot {

@@ -1,11 +1,14 @@
 //! Draws what the other benches measured.
 //!
-//! Role: reads the JSON files of a folder, writes one SVG a plot and `summary.md`, and prints that. Neighbours: `common::goals` says what belongs
+//! Role: reads the JSON files of a folder, writes one SVG a plot and `summary.md`, and prints that; with `--docs`, `page` writes the page of the documentation. Neighbours: `common::goals` says what belongs
 //! together and what was aimed at. Invariants: measures nothing, so it may run at any time; a file that is not a bench's is refused by name.
 
 #[path = "../common/mod.rs"]
 mod common;
+mod curves;
+mod page;
 mod svg;
+mod thesis;
 mod timeline;
 
 use clap::Parser;
@@ -22,7 +25,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
 };
-use svg::{Bar, bars};
+use svg::{Bar, LEGEND, bars};
 
 /// Draws the results of the other benches.
 #[derive(Parser)]
@@ -30,13 +33,16 @@ struct Args {
     /// The folder with their JSON files, where the plots go too
     #[arg(default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/bench-results"))]
     folder: PathBuf,
+    /// Write benchmarks.md and its pictures into this folder too
+    #[arg(long, value_name = "FOLDER")]
+    docs: Option<PathBuf>,
     /// Added by cargo
     #[arg(long, hide = true)]
     bench: bool,
 }
 
 fn main() -> ExitCode {
-    match report(&Args::parse().folder) {
+    match report(&Args::parse()) {
         Ok(summary) => {
             println!("{summary}");
             ExitCode::SUCCESS
@@ -48,7 +54,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn report(folder: &Path) -> Result<String> {
+fn report(args: &Args) -> Result<String> {
+    let folder = &*args.folder;
     let runs = runs(folder)?;
     if runs.is_empty() {
         return Err(format!("{} holds no results; run `make bench` or a bench with --json", folder.display()).into());
@@ -88,6 +95,10 @@ fn report(folder: &Path) -> Result<String> {
         draw_timelines(folder, &text("bench"), &mut summary)?;
     }
     fs::write(folder.join("summary.md"), &summary)?;
+    if let Some(docs) = &args.docs {
+        page::write(docs, &runs)?;
+        eprintln!("wrote {}", docs.join("benchmarks.md").display());
+    }
     Ok(summary)
 }
 
@@ -139,7 +150,7 @@ fn draw(plot: &Plot, run: &Map<String, Value>) -> Option<String> {
         })
     };
     let drawn: Vec<Bar> = plot.keys.iter().filter_map(bar).collect();
-    (drawn.len() > 1).then(|| bars(plot.title, &drawn))
+    (drawn.len() > 1).then(|| bars(plot.title, LEGEND, &drawn))
 }
 
 /// `quic_us_p99` -> `quic p99`, `quic_hop_wire_us_mean` -> `wire`.

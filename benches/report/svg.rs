@@ -26,8 +26,11 @@ const TOP: f64 = 44.0;
 const STEP: f64 = 26.0;
 const THICK: f64 = 16.0;
 
+/// What the colours of a comparison with baselines mean.
+pub const LEGEND: &str = "grey: baseline; blue: pageferry; orange: target missed; stroke: target";
+
 /// A plot with its legend.
-pub fn bars(title: &str, bars: &[Bar]) -> String {
+pub fn bars(title: &str, legend: &str, bars: &[Bar]) -> String {
     let most = bars.iter().flat_map(|bar| [Some(bar.value), bar.target]).flatten().fold(0.0, f64::max).max(f64::MIN_POSITIVE);
     let scale = (WIDTH - LABELS - VALUES) / most;
     let height = TOP + STEP * (bars.len() as f64 + 1.0) + 8.0;
@@ -65,8 +68,7 @@ pub fn bars(title: &str, bars: &[Bar]) -> String {
         }
     }
     let y = TOP + STEP * bars.len() as f64 + THICK;
-    let legend = "grey: baseline; blue: pageferry; orange: target missed; stroke: target";
-    let _ = writeln!(svg, r#"<text x="{LABELS}" y="{y:.1}" font-size="11" opacity="0.7">{legend}</text>"#);
+    let _ = writeln!(svg, r#"<text x="{LABELS}" y="{y:.1}" font-size="11" opacity="0.7">{}</text>"#, escaped(legend));
     svg.push_str("</svg>\n");
     svg
 }

@@ -211,7 +211,7 @@ fn draw_panel(svg: &mut String, panel: &Panel, top: f64, x: impl Fn(f64) -> f64)
 }
 
 /// A multiple of `step`, without what floating point adds.
-fn number(value: f64, step: f64) -> String {
+pub fn number(value: f64, step: f64) -> String {
     format!("{value:.0$}", (-step.log10().floor()).max(0.0) as usize)
 }
 
@@ -225,7 +225,7 @@ fn scale(panel: &Panel) -> (f64, f64) {
 }
 
 /// The least of 1, 2 and 5 times a power of ten that is not below `value`.
-fn nice(value: f64) -> f64 {
+pub fn nice(value: f64) -> f64 {
     let power = 10f64.powf(value.log10().floor());
     [1.0, 2.0, 5.0, 10.0].into_iter().map(|times| times * power).find(|step| *step >= value).unwrap_or(power * 10.0)
 }

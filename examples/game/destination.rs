@@ -16,7 +16,7 @@ use crate::{
     world::World,
 };
 use indicatif::HumanCount;
-use pageferry::{Destination, Hop, Identity, PeerId, Region};
+use pageferry::{Destination, Hop, Identity, MoveError, PeerId, Region, Trust};
 use std::{
     cell::RefCell,
     future::Future,
@@ -65,7 +65,7 @@ async fn serve(options: &Options, told: &RefCell<Status>) -> Result<(), Failure>
         say(&Message::Status(Box::new(status)))
     };
     let taken = async {
-        let destination = Destination::connect(address, source, &identity).await?;
+        let destination = connect(options, address, source, &identity).await?;
         take_over(&destination, options, show).await
     };
     tokio::select! {
@@ -89,7 +89,7 @@ pub async fn alone(options: &Options, address: SocketAddr, source: PeerId, ident
     screen.borrow_mut().say(&format!("the destination's id, which the source asks for, is\n{}", identity.peer_id()));
     let until = Instant::now() + PATIENCE;
     let destination = loop {
-        match Destination::connect(address, source, identity).await {
+        match connect(options, address, source, identity).await {
             Ok(destination) => break destination,
             Err(error) if Instant::now() > until => return Err(error.into()),
             // It may not have been given this end's id yet. A try takes as long as its time limits say.
@@ -114,6 +114,12 @@ pub async fn alone(options: &Options, address: SocketAddr, source: PeerId, ident
     drop(screen);
     print!("{arrived}");
     Ok(arrived.proof.holds())
+}
+
+/// Reaches a source over the link that was asked for.
+async fn connect(options: &Options, address: SocketAddr, source: PeerId, identity: &Identity) -> Result<Destination, MoveError> {
+    let destination = Destination::builder(address, Trust::ids([source]), identity);
+    destination.transport(options.link.transport()).connect().await
 }
 
 /// The whole of it, from the connection to the proof. `show` is told ten times a second how far it is.

@@ -4,6 +4,8 @@
 //! Invariants: exits with 0 only if the proof holds; leaves no process behind, however it ends; keeps no file but a key that it was told to.
 
 mod destination;
+#[path = "../common/link.rs"]
+mod link;
 mod map;
 mod messages;
 mod player;
@@ -18,6 +20,7 @@ mod ticks;
 mod world;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use link::Link;
 use pageferry::{AtLimit, Identity, IdentityError, PeerId, Strategy};
 use std::{
     error::Error,
@@ -97,6 +100,8 @@ struct Options {
     /// The most MiB a second that copying and pushing put on the wire, compressed, as over a link of 100 Mbit/s; 0 for no limit. What a tick waits for is not held back
     #[arg(long, value_name = "MIB", default_value_t = 12, global = true)]
     bandwidth: u64,
+    #[command(flatten)]
+    link: Link,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -147,7 +152,10 @@ impl Options {
     /// What of this concerns a destination, as arguments.
     fn arguments(&self) -> Vec<String> {
         let seconds = self.play_time().as_secs().to_string();
-        ["destination", "--piped", "--strategy", self.strategy_name(), "--seconds", &seconds].map(str::to_owned).to_vec()
+        let mut arguments =
+            ["destination", "--piped", "--strategy", self.strategy_name(), "--seconds", &seconds].map(str::to_owned).to_vec();
+        arguments.extend(self.link.arguments());
+        arguments
     }
 }
 

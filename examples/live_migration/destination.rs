@@ -6,6 +6,7 @@
 use crate::{
     index::{Index, IndexError},
     ledger::verify,
+    link::Link,
     load::{Load, View, decode},
     messages::{Arrival, Message, Order, Outcome, Stage, Status},
     proof::digest,
@@ -13,7 +14,7 @@ use crate::{
     source::REGION,
     timeline::Clock,
 };
-use pageferry::{Destination, Hop, Identity, MoveEvent, Moved, Region, Strategy};
+use pageferry::{Destination, Hop, Identity, MoveEvent, Moved, Region, Strategy, Trust};
 use std::{
     error::Error,
     future::Future,
@@ -38,32 +39,33 @@ type Failure = Box<dyn Error + Send + Sync>;
 const TELL: Duration = Duration::from_millis(100);
 
 /// Does what the source orders on standard input, and tells on standard output how it goes.
-pub async fn run() -> ExitCode {
+pub async fn run(link: &Link) -> ExitCode {
     let told = Told::default();
-    let Err(error) = serve(&told).await else { return ExitCode::SUCCESS };
+    let Err(error) = serve(link, &told).await else { return ExitCode::SUCCESS };
     if say(&Message::Failed(error.to_string())).is_err() {
         eprintln!("live_migration, destination: {}", told.source_ended());
     }
     ExitCode::FAILURE
 }
 
-async fn serve(told: &Told) -> Result<(), Failure> {
+async fn serve(link: &Link, told: &Told) -> Result<(), Failure> {
     let identity = Identity::generate()?;
     say(&Message::Hello(identity.peer_id()))?;
     let mut orders = BufReader::new(tokio::io::stdin()).lines();
     let order = orders.next_line().await?.ok_or_else(|| told.source_ended())?;
     let order = Order::from_line(&order)?;
     tokio::select! {
-        outcome = take_over(&order, &identity, told) => Ok(say(&Message::Outcome(Box::new(outcome?)))?),
+        outcome = take_over(&order, (&identity, link), told) => Ok(say(&Message::Outcome(Box::new(outcome?)))?),
         // There is no second order: the source has ended.
         _ = orders.next_line() => Err(told.source_ended().into()),
     }
 }
 
-async fn take_over(order: &Order, identity: &Identity, told: &Told) -> Result<Outcome, Failure> {
+async fn take_over(order: &Order, (identity, link): (&Identity, &Link), told: &Told) -> Result<Outcome, Failure> {
     let clock = Clock::since(order.epoch_unix_ns);
     let taken = async {
-        let destination = Destination::connect(order.address, order.source, identity).await?;
+        let destination = Destination::builder(order.address, Trust::ids([order.source]), identity);
+        let destination = destination.transport(link.transport()).connect().await?;
         let moved = destination.take(Strategy::post_copy()).await?;
         Ok::<_, Failure>((destination, moved))
     };

@@ -8,6 +8,8 @@ mod corpus;
 mod destination;
 mod index;
 mod ledger;
+#[path = "../common/link.rs"]
+mod link;
 mod load;
 mod messages;
 mod process;
@@ -23,6 +25,7 @@ mod word;
 
 use clap::{Parser, Subcommand};
 use index::MAX_WORKERS;
+use link::Link;
 use std::{io, process::ExitCode, time::Duration};
 use terminal::interrupted;
 use tokio::runtime::Runtime;
@@ -54,6 +57,8 @@ struct Args {
     /// One or two words to look up at the destination in the end
     #[arg(long, value_name = "WORDS", default_value = "shared memory")]
     ask: String,
+    #[command(flatten)]
+    link: Link,
 }
 
 impl Args {
@@ -86,7 +91,7 @@ fn main() -> ExitCode {
     };
     let code = runtime.block_on(async {
         match args.role {
-            Some(Role::Destination) => destination::run().await,
+            Some(Role::Destination) => destination::run(&args.link).await,
             None => tokio::select! {
                 code = run_source(&args) => code,
                 code = interrupted("live_migration", "the destination") => code,

@@ -4,7 +4,10 @@
 //! of its pipes. Invariants: it never outlives its source: dropped, it is killed, and if the source itself is killed, the end of its
 //! standard input tells it; no wait for it is without a limit.
 
-use crate::messages::{Message, MessageError, Order};
+use crate::{
+    link::Link,
+    messages::{Message, MessageError, Order},
+};
 use pageferry::PeerId;
 use std::{
     env, io,
@@ -53,13 +56,13 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts this program again as a destination.
+    /// Starts this program again as a destination, at the other end of this link.
     ///
     /// # Errors
     /// [`ProcessError::Start`].
-    pub fn start() -> Result<Process, ProcessError> {
+    pub fn start(link: &Link) -> Result<Process, ProcessError> {
         let mut command = Command::new(env::current_exe().map_err(ProcessError::Start)?);
-        command.arg(DESTINATION).stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
+        command.arg(DESTINATION).args(link.arguments()).stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
         // A group of its own: Ctrl-C goes to the source alone, which then ends both.
         command.process_group(0);
         let mut child = command.spawn().map_err(ProcessError::Start)?;

@@ -74,7 +74,7 @@ pub async fn run(args: &Args) -> Result<Report, Failure> {
     let progress = Progress::new(args.quick);
     let (size_bytes, seeing) = (args.size_bytes(), progress.clone());
     let built = blocking("building the index", BUILD_LIMIT, move || build(size_bytes, &seeing)).await??;
-    let mut process = Process::start()?;
+    let mut process = Process::start(&args.link)?;
     let destination_id = process.peer_id().await?;
     progress.say(&format!("the source is process {}, the destination process {}", std::process::id(), process.pid()));
 

@@ -7,10 +7,11 @@
 use crate::{
     bank::Bank,
     disk::Disk,
+    link::Link,
     messages::{Arrival, Departure, Message, Order},
     proof::examine,
 };
-use pageferry::{Destination, Gate, Hop, Identity, MoveEvent, Pass, PeerId, Region, Source, Strategy};
+use pageferry::{Destination, Gate, Hop, Identity, MoveEvent, Pass, PeerId, Region, Source, Strategy, Trust};
 use std::{
     error::Error,
     io::{self, Write},
@@ -34,16 +35,16 @@ const REGION: &str = "bank";
 type Failure = Box<dyn Error + Send + Sync>;
 
 /// Does what the parent orders on standard input, and tells on standard output how it goes.
-pub async fn run() -> ExitCode {
-    let Err(error) = serve().await else { return ExitCode::SUCCESS };
+pub async fn run(link: &Link) -> ExitCode {
+    let Err(error) = serve(link).await else { return ExitCode::SUCCESS };
     if say(&Message::Failed(error.to_string())).is_err() {
         eprintln!("sqlite, host: {error}");
     }
     ExitCode::FAILURE
 }
 
-async fn serve() -> Result<(), Failure> {
-    let mut host = Host { identity: Identity::generate()?, program: None };
+async fn serve(link: &Link) -> Result<(), Failure> {
+    let mut host = Host { identity: Identity::generate()?, link, program: None };
     say(&Message::Hello(host.identity.peer_id()))?;
     let mut orders = BufReader::new(tokio::io::stdin()).lines();
     while let Some(order) = orders.next_line().await? {
@@ -57,12 +58,14 @@ async fn serve() -> Result<(), Failure> {
     Ok(())
 }
 
-struct Host {
+struct Host<'a> {
     identity: Identity,
+    /// Between it and the host that it takes from.
+    link: &'a Link,
     program: Option<Program>,
 }
 
-impl Host {
+impl Host<'_> {
     async fn carry_out(&mut self, order: Order) -> Result<(), Failure> {
         match order {
             Order::Found { accounts, region_bytes } => self.found(accounts, region_bytes).await,
@@ -111,7 +114,8 @@ impl Host {
     }
 
     async fn take(&mut self, from: PeerId, address: SocketAddr, strategy: Strategy) -> Result<(), Failure> {
-        let destination = Destination::connect(address, from, &self.identity).await?;
+        let destination = Destination::builder(address, Trust::ids([from]), &self.identity);
+        let destination = destination.transport(self.link.transport()).connect().await?;
         let moved = destination.take(strategy).await?;
         let region = moved.region(REGION).ok_or_else(|| format!("no region called {REGION} came"))?;
         self.program = Some(Program::start(region.clone(), moved.epoch())?);

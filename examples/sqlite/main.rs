@@ -7,6 +7,8 @@ mod bank;
 mod disk;
 mod host;
 mod journal;
+#[path = "../common/link.rs"]
+mod link;
 mod messages;
 mod process;
 mod proof;
@@ -17,6 +19,7 @@ mod terminal;
 mod vfs;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use link::Link;
 use pageferry::{AtLimit, Capabilities, Strategy};
 use std::{io, process::ExitCode, time::Duration};
 use tokio::runtime::Runtime;
@@ -48,6 +51,8 @@ struct Args {
     /// How its memory moves
     #[arg(long, value_enum, default_value_t = Way::Hybrid)]
     strategy: Way,
+    #[command(flatten)]
+    link: Link,
 }
 
 impl Args {
@@ -94,15 +99,15 @@ fn main() -> ExitCode {
     // RUST_LOG=pageferry=debug shows what the library does.
     tracing_subscriber::fmt().with_env_filter(EnvFilter::from_default_env()).with_writer(io::stderr).init();
     match args.role {
-        Some(Role::Host) => host(),
+        Some(Role::Host) => host(&args.link),
         None => parent(&args),
     }
 }
 
-fn host() -> ExitCode {
+fn host(link: &Link) -> ExitCode {
     match Runtime::new() {
         Ok(runtime) => {
-            let code = runtime.block_on(host::run());
+            let code = runtime.block_on(host::run(link));
             // Threads that read orders or make transfers end with the process.
             runtime.shutdown_background();
             code

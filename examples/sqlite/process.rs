@@ -6,6 +6,7 @@
 
 use crate::{
     journal::Journal,
+    link::Link,
     messages::{Message, MessageError, Order},
 };
 use std::{
@@ -72,14 +73,14 @@ pub struct Hosts {
 }
 
 impl Hosts {
-    /// Starts this program twice more.
+    /// Starts this program twice more, at the two ends of this link.
     ///
     /// # Errors
     /// [`ProcessError::Start`].
-    pub fn start() -> Result<Hosts, ProcessError> {
+    pub fn start(link: &Link) -> Result<Hosts, ProcessError> {
         let (hears, heard) = channel();
         let journal = Arc::default();
-        let start = |host| start(host, &journal, hears.clone()).map_err(ProcessError::Start);
+        let start = |host| start(host, link, &journal, hears.clone()).map_err(ProcessError::Start);
         Ok(Hosts { hosts: [start(0)?, start(1)?], heard, journal })
     }
 
@@ -160,10 +161,10 @@ impl Hosts {
     }
 }
 
-fn start(host: usize, journal: &Arc<Mutex<Journal>>, hears: Sender<Heard>) -> io::Result<Host> {
+fn start(host: usize, link: &Link, journal: &Arc<Mutex<Journal>>, hears: Sender<Heard>) -> io::Result<Host> {
     let mut command = Command::new(env::current_exe()?);
     // In this process's group: Ctrl-C ends all three.
-    let mut child = command.arg(HOST).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut child = command.arg(HOST).args(link.arguments()).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
     let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
         return Err(io::Error::other("its standard streams are no pipes"));
     };

@@ -28,7 +28,7 @@ const MOVE_SECONDS: u64 = 5;
 /// # Errors
 /// What ended the run before it could be proved or disproved that every transaction arrived.
 pub fn run(args: &Args) -> Result<Report, ProcessError> {
-    let mut hosts = Hosts::start()?;
+    let mut hosts = Hosts::start(&args.link)?;
     let ids = [hello(&mut hosts, 0)?, hello(&mut hosts, 1)?];
     eprintln!("host A is process {}, host B process {}", hosts.pid(0), hosts.pid(1));
 
