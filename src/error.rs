@@ -133,6 +133,16 @@ pub enum RegionError {
         /// What to do about it.
         remedy: String,
     },
+    /// A memory budget cannot be kept.
+    #[error("a budget of {budget_bytes} bytes cannot be kept: {reason}; {remedy}")]
+    Budget {
+        /// What may be here.
+        budget_bytes: u64,
+        /// What was met.
+        reason: String,
+        /// What to do about it.
+        remedy: String,
+    },
     /// The region is larger than the store that shall fill it.
     #[error("the region of {size_bytes} bytes is larger than its store of {store_bytes} bytes")]
     StoreTooSmall {

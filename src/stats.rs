@@ -178,6 +178,8 @@ counters! {
     pages_poisoned,
     /// Pages the program discarded (`MADV_DONTNEED` and the like).
     pages_discarded,
+    /// Pages dropped because of a [budget](crate::MountBuilder::budget); each is asked for again when it is touched.
+    pages_evicted,
     /// Install ioctls.
     installs,
     /// Installs the kernel put off (`EAGAIN`, short copy), tried again later.

@@ -5,9 +5,13 @@
 
 use super::{
     Mount, MountError, MountEvent, Pulling,
+    evict::Evictor,
     push::{Hooks, Pusher},
 };
-use crate::{Extent, FaultAround, LossPolicy, PageStore, Pager, PullOrder, Region, RegionError, TrackerKind, options::PullPlan};
+use crate::{
+    Extent, FaultAround, LossPolicy, PageStore, Pager, PagerOptions, PullOrder, Region, RegionError, TrackerKind,
+    options::PullPlan, pager::Bell,
+};
 use std::{
     fmt,
     sync::Arc,
@@ -47,6 +51,7 @@ pub struct MountBuilder {
     push_every: Option<Duration>,
     push_bytes_s: Option<u64>,
     keep_trying: Duration,
+    budget_bytes: Option<u64>,
     hooks: Hooks,
 }
 
@@ -64,8 +69,41 @@ impl MountBuilder {
             push_every: Some(PUSH_EVERY),
             push_bytes_s: None,
             keep_trying: LossPolicy::default().keep_trying,
+            budget_bytes: None,
             hooks: Hooks::default(),
         }
+    }
+
+    /// How much of it may be here, in bytes; it may be a small part of the store. Above that, pages go: clean ones at once, written ones when they are pushed, which then happens
+    /// earlier than [said](MountBuilder::push_every), and of a [direct](MountBuilder::direct) mount too. They come again when they are touched. Default: all of it.
+    ///
+    /// Counted are the pages of this region that hold data; copies on their way to the store (at most 64 MiB), and what following the pages takes (1 byte a page), come on top. Those go
+    /// first that came longest ago, except that pages that were written or asked for since are passed over once; reads of what is here cannot be seen. The pull ends when 15 of 16 parts are
+    /// full. A thread that touches a page when there is no room waits until there is. If none can be made for a second, or what was written cannot be pushed, then the mount goes over the
+    /// budget rather than losing anything, says [`MountEvent::OverBudget`], and goes back as soon as it can.
+    ///
+    /// The mount gets a pager of its own if none is named; a [named](MountBuilder::pager) one must be opened with [`TrackerKind::WpSync`], unless the mount is read-only. The first write of a page
+    /// after it came or was pushed costs a message to the pager (8 to 45 us). No part of the region may be unmapped or moved (munmap, mremap). The budget ends with the mount: a clone
+    /// of the region that is kept longer fills as it is touched.
+    ///
+    /// Opening fails with [`RegionError::Budget`] if it is less than 1 MiB, or the pager's tracker another.
+    ///
+    /// ```
+    /// use pageferry::{MemoryStore, Mount, PageSize};
+    /// # if pageferry::Capabilities::probe().write_protect() {
+    /// let store = std::sync::Arc::new(MemoryStore::zeroed(64 << 20, PageSize::KIB_4));
+    /// let mount = Mount::builder(store).budget(1 << 20).direct().open()?;
+    /// for offset in (0..8 << 20).step_by(4096) {
+    ///     mount.region().write_at(offset, &offset.to_le_bytes())?;
+    /// }
+    /// assert!(mount.region().stats().pages_evicted > 0);
+    /// # }
+    /// # Ok::<(), pageferry::MountError>(())
+    /// ```
+    #[must_use]
+    pub fn budget(mut self, bytes: u64) -> MountBuilder {
+        self.budget_bytes = Some(bytes);
+        self
     }
 
     /// The region's name. Default empty.
@@ -175,7 +213,10 @@ impl MountBuilder {
     /// As for [`RegionBuilder::open`](crate::RegionBuilder::open), and, unless it is read-only, as for [`Region::track`]; [`RegionError::NoTracker`] too where only soft-dirty bits are to be had,
     /// which cannot be asked while the program runs.
     pub fn open(self) -> Result<Mount, MountError> {
-        let pager = self.pager.map_or_else(Pager::shared, Ok)?;
+        let pager = match (self.pager, self.budget_bytes) {
+            (pager, Some(budget_bytes)) => budget_pager(pager, budget_bytes, self.read_only)?,
+            (pager, None) => pager.map_or_else(Pager::shared, Ok)?,
+        };
         let mut region = Region::builder().name(self.name).shared_store(self.store.clone()).pager(&pager).loss(self.loss);
         region = region.read_only(self.read_only);
         if let Some(around) = self.fault_around {
@@ -185,6 +226,11 @@ impl MountBuilder {
         if self.record {
             region.record_touches();
         }
+        let bell = self.budget_bytes.map(|budget_bytes| {
+            let bell = Arc::new(Bell::default());
+            region.set_budget(budget_bytes / region.page_size().bytes(), bell.clone());
+            bell
+        });
         let events = broadcast::Sender::new(EVENTS_KEPT);
         let pull = self.pull.and_then(|plan| region.begin_pull(plan)).map(|pull| {
             let (told, ended) = watch::channel(None);
@@ -220,7 +266,36 @@ impl MountBuilder {
             }
             pusher = Some(made);
         }
-        Ok(Mount { region, pusher, intervals, pull, events })
+        if let Some(bell) = &bell {
+            let (page_bytes, pusher) = (region.page_size().bytes(), pusher.as_ref().map(Arc::downgrade));
+            let evictor = Evictor { region: region.downgrade(), page_bytes, pusher, bell: bell.clone(), events: events.clone() };
+            let started = std::thread::Builder::new().name("pageferry-evict".into()).spawn(move || evictor.run());
+            started.map_err(|error| RegionError::system("starting a thread", error))?;
+            // It may be needed already.
+            bell.ring();
+        }
+        Ok(Mount { region, pusher, intervals, pull, events, bell })
+    }
+}
+
+/// Less, and the marks would lie too close together for pages that come in groups.
+const BUDGET_MIN_BYTES: u64 = 1 << 20;
+
+/// A pager that tells of each first write before it happens, so that what is clean is a fact.
+fn budget_pager(pager: Option<Pager>, budget_bytes: u64, read_only: bool) -> Result<Pager, RegionError> {
+    let refused = |reason: String, remedy: &str| Err(RegionError::Budget { budget_bytes, reason, remedy: remedy.into() });
+    if budget_bytes < BUDGET_MIN_BYTES {
+        return refused(format!("the least is {BUDGET_MIN_BYTES} bytes"), "ask for more");
+    }
+    match pager {
+        Some(pager) if read_only || pager.options().tracker == Some(TrackerKind::WpSync) => Ok(pager),
+        Some(pager) => {
+            let tracker = pager.options().tracker.map_or_else(|| "none in particular".to_owned(), |kind| kind.to_string());
+            let reason = format!("the pager's tracker is {tracker}, with which a write may slip between a look and the eviction");
+            refused(reason, "open it with `PagerOptions::tracker` `TrackerKind::WpSync`, or name no pager")
+        }
+        None if read_only => Pager::shared(),
+        None => Pager::start(&PagerOptions { tracker: Some(TrackerKind::WpSync), ..PagerOptions::default() }),
     }
 }
 

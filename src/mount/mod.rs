@@ -4,10 +4,11 @@
 //! read, and counts as written until the store has said that it is durable; S9: closing, and dropping, push what is left, and an error reaches the caller or the log.
 
 mod builder;
+mod evict;
 mod push;
 mod working_set;
 
-use crate::{Extent, Region, RegionError, StoreError};
+use crate::{Extent, Region, RegionError, StoreError, pager::Bell};
 use push::Pusher;
 use std::{
     ops::Range,
@@ -59,6 +60,8 @@ pub struct Mount {
     intervals: Option<watch::Sender<()>>,
     pull: Option<Pulling>,
     events: broadcast::Sender<MountEvent>,
+    /// If it has a budget.
+    bell: Option<Arc<Bell>>,
 }
 
 #[derive(Debug)]
@@ -72,12 +75,21 @@ struct Pulling {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum MountEvent {
-    /// The pull is over: every page is here, or it says why not.
+    /// The pull is over: every page is here, or as many as the [budget](MountBuilder::budget) has room for, or it says why not.
     Pulled(Result<(), RegionError>),
     /// What was written is durable in the store.
     Pushed(Pushed),
     /// It is not: it still counts as written, and is pushed with the next interval or flush.
     PushFailed(MountError),
+    /// More must be here than the [budget](MountBuilder::budget) allows: pages were wanted, and none could be evicted, because what was written cannot be pushed, or the region is frozen.
+    OverBudget {
+        /// What is here now; it may become more.
+        resident_bytes: u64,
+        /// What should be.
+        budget_bytes: u64,
+    },
+    /// After [`MountEvent::OverBudget`]: what is here is within the budget again.
+    WithinBudget,
 }
 
 /// What a push brought to the store.
@@ -213,9 +225,13 @@ impl Mount {
     #[must_use]
     pub fn progress(&self) -> MountProgress {
         let residency = self.region.residency();
+        let to_come = match self.region.budget() {
+            Some(budget) => residency.missing().min(budget.pull_pages().saturating_sub(residency.resident)),
+            None => residency.missing(),
+        };
         let left = self.pull.as_ref().and_then(|pull| {
             let running = pull.ended.borrow().is_none();
-            if running { left(residency.resident, residency.missing(), pull.since.elapsed()) } else { None }
+            if running { left(residency.resident, to_come, pull.since.elapsed()) } else { None }
         });
         MountProgress { pages: residency.pages, resident_pages: residency.resident, left }
     }
@@ -235,6 +251,10 @@ impl Mount {
     fn end_background(&mut self) {
         self.cancel_pull();
         self.intervals = None;
+        if let Some(bell) = self.bell.take() {
+            bell.end();
+            self.region.end_budget();
+        }
     }
 }
 

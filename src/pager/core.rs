@@ -7,6 +7,7 @@
 
 use super::{
     around::Around,
+    budget::{Budget, Chosen},
     residency::{PageState, Residency},
 };
 use crate::Extent;
@@ -46,12 +47,78 @@ pub(crate) struct Core {
     max_in_flight_pages: u64,
     /// Faults that wait because the bound is reached. They count as asked.
     waiting: VecDeque<u64>,
+    /// How much may be here, if there is a bound.
+    budget: Option<Budget>,
 }
 
 impl Core {
     pub(crate) fn new(pages: u64, resident: bool, around: Around, max_in_flight_pages: u64) -> Core {
         let residency = Residency::new(pages, resident);
-        Core { residency, around, in_flight_pages: 0, max_in_flight_pages: max_in_flight_pages.max(1), waiting: VecDeque::new() }
+        let (max_in_flight_pages, waiting) = (max_in_flight_pages.max(1), VecDeque::new());
+        Core { residency, around, in_flight_pages: 0, max_in_flight_pages, waiting, budget: None }
+    }
+
+    /// To begin with: nothing is here yet.
+    pub(crate) fn set_budget(&mut self, budget: Budget) {
+        self.budget = Some(budget);
+    }
+
+    pub(crate) fn budget(&self) -> Option<&Budget> {
+        self.budget.as_ref()
+    }
+
+    /// Whether what is wanted comes although there is no room for it; [`Core::admit`] follows.
+    pub(crate) fn lift_budget(&mut self, lifted: bool) {
+        self.budget.iter_mut().for_each(|budget| budget.lift(lifted));
+    }
+
+    /// How many pages more may be asked for.
+    fn room(&self) -> u64 {
+        let in_flight = self.max_in_flight_pages.saturating_sub(self.in_flight_pages);
+        self.budget.as_ref().map_or(in_flight, |budget| in_flight.min(budget.room(self.in_flight_pages)))
+    }
+
+    /// How many pages a pull may bring.
+    pub(crate) fn room_for_pull(&self) -> u64 {
+        let Some(budget) = &self.budget else { return u64::MAX };
+        if budget.any_went() { 0 } else { budget.low_pages().saturating_sub(budget.held_pages() + self.in_flight_pages) }
+    }
+
+    /// Whether so much is here, or on its way, that pages shall go.
+    pub(crate) fn wants_eviction(&self) -> bool {
+        self.budget.as_ref().is_some_and(|budget| budget.held_pages() + self.in_flight_pages > budget.high_pages())
+    }
+
+    /// How many pages shall go.
+    pub(crate) fn excess_pages(&self) -> u64 {
+        self.budget.as_ref().map_or(0, |budget| (budget.held_pages() + self.in_flight_pages).saturating_sub(budget.low_pages()))
+    }
+
+    /// Chooses pages to go, see [`Budget::choose`].
+    pub(crate) fn choose(&mut self, clean: impl Fn(u64) -> bool, (most_pages, look_pages): (u64, u64)) -> Chosen {
+        let chosen = self.budget.as_mut().map(|budget| budget.choose(&self.residency, clean, (most_pages, look_pages)));
+        chosen.unwrap_or_default()
+    }
+
+    /// What was chosen of `extent` is dropped, unless the program discarded it meanwhile. How many pages; [`Core::admit`] follows.
+    pub(crate) fn evicted(&mut self, extent: Extent) -> u64 {
+        let Core { residency, budget: Some(budget), .. } = self else { return 0 };
+        let gone: Vec<Extent> = extent.pages().filter(|page| budget.is_leaving(*page)).map(Extent::page).collect();
+        for page in &gone {
+            residency.evict(*page);
+            budget.evicted(*page, 1);
+        }
+        gone.len() as u64
+    }
+
+    /// What was chosen of `extent` is here still.
+    pub(crate) fn stays(&mut self, extent: Extent) {
+        self.budget.iter_mut().for_each(|budget| budget.stays(extent));
+    }
+
+    /// A thread was seen to touch a page that is here, or that comes.
+    pub(crate) fn touched(&mut self, page: u64) {
+        self.budget.iter_mut().for_each(|budget| budget.touched(Extent::page(page)));
     }
 
     /// Everything is here but what `lacking` names.
@@ -59,6 +126,10 @@ impl Core {
         let mut core = Core::new(pages, true, around, max_in_flight_pages);
         lacking.iter().for_each(|extent| core.residency.lack(*extent));
         core
+    }
+
+    pub(crate) fn heap_bytes(&self) -> usize {
+        self.residency.heap_bytes() + self.budget.as_ref().map_or(0, Budget::heap_bytes)
     }
 
     pub(crate) fn residency(&self) -> &Residency {
@@ -73,19 +144,20 @@ impl Core {
             PageState::Discarded => Decision::Zero,
             // The kernel says it is missing: the discard's zap came after the zeros were put there.
             PageState::ResidentOnceDiscarded => {
-                self.residency.discard(Extent::page(page));
+                self.discarded(Extent::page(page));
                 Decision::Zero
             }
             PageState::Asked => Decision::Joined,
             PageState::Missing => {
                 self.residency.ask(Extent::page(page));
-                if self.in_flight_pages >= self.max_in_flight_pages {
+                if self.room() == 0 {
                     self.waiting.push_back(page);
                     return Decision::Joined;
                 }
+                self.requested(Extent::page(page), true);
                 self.in_flight_pages += 1;
                 let window = self.around.window(page);
-                Decision::Ask { around: self.claim(window, self.max_in_flight_pages - self.in_flight_pages) }
+                Decision::Ask { around: self.claim(window, self.room()) }
             }
         }
     }
@@ -105,28 +177,39 @@ impl Core {
         }
         for extent in &claimed {
             self.residency.ask(*extent);
+            self.requested(*extent, true);
             self.in_flight_pages += extent.count();
         }
         claimed
     }
 
+    fn requested(&mut self, extent: Extent, under_way: bool) {
+        self.budget.iter_mut().for_each(|budget| budget.request(extent, under_way));
+    }
+
     /// Pages of `within` that somebody wants resident soon (populate): claimed up to the bound.
     pub(crate) fn want(&mut self, within: Extent) -> Vec<Extent> {
-        let room = self.max_in_flight_pages.saturating_sub(self.in_flight_pages);
-        self.claim(within, room)
+        self.claim(within, self.room())
     }
 
     /// A request for `extent` is over, whatever came of it, and before what came is installed. Pages of it still marked as asked are missing
     /// again. Returns the faults that may be asked for now.
     pub(crate) fn answered(&mut self, extent: Extent) -> Vec<u64> {
         self.residency.unask(extent);
+        self.requested(extent, false);
         self.in_flight_pages = self.in_flight_pages.saturating_sub(extent.count());
+        self.admit()
+    }
+
+    /// The faults that may be asked for now.
+    pub(crate) fn admit(&mut self) -> Vec<u64> {
         let mut now = Vec::new();
-        while self.in_flight_pages < self.max_in_flight_pages {
+        while self.room() > 0 {
             let Some(page) = self.waiting.pop_front() else { break };
             // It may have come with a pull, or have been discarded, while it waited.
             if self.residency.state(page) == PageState::Asked {
                 self.in_flight_pages += 1;
+                self.requested(Extent::page(page), true);
                 now.push(page);
             }
         }
@@ -156,11 +239,17 @@ impl Core {
 
     /// The kernel has the pages.
     pub(crate) fn installed(&mut self, extent: Extent) {
+        if let Some(budget) = &mut self.budget {
+            budget.came(extent.count() - self.residency.resident_in(extent));
+        }
         self.residency.install(extent);
     }
 
     /// The program gave the pages back to the kernel, or unmapped them.
     pub(crate) fn discarded(&mut self, extent: Extent) {
+        if let Some(budget) = &mut self.budget {
+            budget.went(extent, self.residency.resident_in(extent));
+        }
         self.residency.discard(extent);
     }
 
@@ -220,6 +309,51 @@ mod tests {
         assert_eq!(core.answered(Extent::page(0)), [3]);
         core.installed(Extent::page(1));
         assert!(core.answered(Extent::page(1)).is_empty());
+    }
+
+    #[test]
+    fn faults_beyond_the_budget_wait_until_pages_went_or_it_is_lifted() {
+        let mut core = core(64, 1, 64);
+        core.set_budget(Budget::new(64, 2));
+        for page in [0, 1] {
+            assert_eq!(core.fault(page), Decision::Ask { around: vec![] });
+            assert!(core.answered(Extent::page(page)).is_empty());
+            core.installed(Extent::page(page));
+        }
+        assert_eq!([2, 3, 4].map(|page| core.fault(page)), [const { Decision::Joined }; 3]);
+        assert!(core.wants_eviction() || core.excess_pages() == 0);
+        assert_eq!(core.choose(|page| page == 1, (1, 64)).extents, [Extent::page(1)]);
+        assert!(core.admit().is_empty());
+        assert_eq!((core.evicted(Extent::page(1)), core.admit()), (1, vec![2]));
+        // It is missing again: not zeros, and the next touch waits its turn.
+        assert_eq!(core.fault(1), Decision::Joined);
+        core.lift_budget(true);
+        assert_eq!(core.admit(), [3, 4, 1]);
+    }
+
+    #[test]
+    fn a_page_does_not_go_while_a_reply_with_older_bytes_is_under_way() {
+        let mut core = core(8, 1, 8);
+        core.set_budget(Budget::new(8, 4));
+        assert_eq!(core.fault(3), Decision::Ask { around: vec![] });
+        // It comes with the pull, and could be written and pushed before the reply is here.
+        core.installed(Extent::page(3));
+        assert_eq!(core.choose(|_| true, (1, 8)).extents, []);
+        let _ = core.answered(Extent::page(3));
+        assert!(core.room_for_pull() > 0);
+        assert_eq!(core.choose(|_| true, (1, 8)).extents, [Extent::page(3)]);
+        assert_eq!((core.evicted(Extent::page(3)), core.room_for_pull()), (1, 0));
+    }
+
+    #[test]
+    fn a_discard_wins_over_an_eviction() {
+        let mut core = core(8, 1, 8);
+        core.set_budget(Budget::new(8, 4));
+        core.installed(Extent::between(0, 4));
+        assert_eq!(core.choose(|_| true, (2, 8)).extents, [Extent::between(0, 2)]);
+        core.discarded(Extent::page(0));
+        assert_eq!(core.evicted(Extent::between(0, 2)), 1);
+        assert_eq!((core.fault(0), core.fault(1)), (Decision::Zero, Decision::Ask { around: vec![] }));
     }
 
     proptest! {

@@ -9,6 +9,7 @@ use super::{
     address_map::{AddressMap, RegionId, Segment},
     children::Children,
     core::{Core, Decision, Origin},
+    evict::Evicting,
     freezing::Freezing,
     installer::Installer,
     place::{Again, Owned, Wakes, page_len},
@@ -78,6 +79,8 @@ pub(super) struct State {
     pub(super) wakes: Wakes,
     /// Addresses and lengths of discards that say themselves when they are done, and of which no message has come.
     pub(super) discarding: Vec<(usize, usize)>,
+    /// The same of pages that are evicted: no discards of the program's.
+    pub(super) evictions: Vec<(usize, usize)>,
     next_region: u64,
     /// Read and not served yet: [`Engine::lock_caught_up`] leaves them to the service's thread.
     faults: Vec<Message>,
@@ -91,6 +94,12 @@ impl State {
     pub(super) fn announced(&mut self, start: usize, len: usize) -> bool {
         let found = self.discarding.iter().position(|announced| *announced == (start, len));
         found.map(|at| self.discarding.swap_remove(at)).is_some()
+    }
+
+    /// Whether pages are dropped that are evicted; asked once for each.
+    fn is_eviction(&mut self, start: usize, len: usize) -> bool {
+        let found = self.evictions.iter().position(|eviction| *eviction == (start, len));
+        found.map(|at| self.evictions.swap_remove(at)).is_some()
     }
 }
 
@@ -114,6 +123,8 @@ pub(crate) struct Entry {
     pub(super) tracking: Option<Tracking>,
     /// While what it held at a moment is kept.
     pub(super) freezing: Option<Freezing>,
+    /// If it has a budget.
+    pub(super) evicting: Option<Evicting>,
     /// Pages that threads waited for, in order, while that is recorded.
     pub(crate) touched: Option<Vec<u64>>,
 }
@@ -129,8 +140,24 @@ impl Entry {
         mapping: Weak<Mapping>,
     ) -> Entry {
         let (outage, any_lost, changed) = (Outage::default(), Arc::default(), Arc::new(Notify::new()));
-        let (cause, tracking, freezing, touched) = (None, None, None, None);
-        Entry { name, core, store, loss, outage, cause, any_lost, counters, events, changed, mapping, tracking, freezing, touched }
+        let (cause, tracking, freezing, evicting, touched) = (None, None, None, None, None);
+        Entry {
+            name,
+            core,
+            store,
+            loss,
+            outage,
+            cause,
+            any_lost,
+            counters,
+            events,
+            changed,
+            mapping,
+            tracking,
+            freezing,
+            evicting,
+            touched,
+        }
     }
 
     pub(crate) fn residency(&self) -> &Residency {
@@ -140,7 +167,7 @@ impl Entry {
     /// Bytes of memory that its pages' state takes.
     pub(crate) fn heap_bytes(&self) -> usize {
         let freezing = self.freezing.as_ref().map_or(0, |freezing| freezing.moment.heap_bytes());
-        self.residency().heap_bytes() + self.tracking.as_ref().map_or(0, Tracking::heap_bytes) + freezing
+        self.core.heap_bytes() + self.tracking.as_ref().map_or(0, Tracking::heap_bytes) + freezing
     }
 
     /// The first extent inside `within` that was given up, and why.
@@ -177,6 +204,7 @@ impl Engine {
                 again: VecDeque::new(),
                 write_again: Vec::new(),
                 discarding: Vec::new(),
+                evictions: Vec::new(),
                 wakes: Wakes::default(),
                 next_region: 1,
                 faults: Vec::new(),
@@ -335,9 +363,17 @@ impl Engine {
         // No entry: the region is leaving; its memory is about to be unmapped, and the waiters woken then.
         let Some(entry) = state.regions.get_mut(&id) else { return };
         add(&entry.counters.faults, 1);
+        if Engine::is_leaving(entry, page) {
+            // It is being dropped: woken when that is done, the thread touches it again.
+            return add(&entry.counters.faults_joined, 1);
+        }
         let decision = entry.core.fault(page);
         if let (Some(touched), Decision::Ask { .. } | Decision::Joined) = (&mut entry.touched, &decision) {
             touched.push(page);
+        }
+        if matches!(decision, Decision::Ask { .. } | Decision::Joined) {
+            entry.core.touched(page);
+            entry.ring();
         }
         if broken && matches!(decision, Decision::Ask { .. } | Decision::Joined) {
             for lost in entry.core.lose(Extent::page(page)) {
@@ -366,6 +402,8 @@ impl Engine {
     /// The program changed its mappings.
     fn moved(&self, state: &mut State, message: &Message) {
         let (start, len) = match *message {
+            // Made by `evict`: what becomes of the pages is decided when they are dropped.
+            Message::Remove { start, len } if state.is_eviction(start, len) => return,
             Message::Remove { start, len } => {
                 let announced = state.announced(start, len);
                 for (_, segment) in state.map.within(start as u64, len as u64) {

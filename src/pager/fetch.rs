@@ -37,7 +37,20 @@ impl Engine {
                 if residency.missing(within).next().is_none() {
                     return Ok(None);
                 }
-                Ok(Some((entry.core.want(within), entry.store.clone())))
+                if let Some(budget) = entry.core.budget()
+                    && !budget.is_lifted()
+                    && within.count() > budget.low_pages()
+                {
+                    // All of it is never here at once.
+                    return Err(RegionError::Budget {
+                        budget_bytes: self.page.offset_of(budget.limit_pages()),
+                        reason: format!("{} bytes were to be here together", within.bytes(self.page)),
+                        remedy: "ask for less at a time, or give it more".into(),
+                    });
+                }
+                let claimed = entry.core.want(within);
+                entry.ring();
+                Ok(Some((claimed, entry.store.clone())))
             });
             match look.ok_or(RegionError::PagerStopped)?? {
                 None => return Ok(()),
@@ -93,11 +106,15 @@ impl Engine {
                         }
                     });
                 }
-                Ok((residency.unasked(all).collect::<Vec<_>>(), entry.store.clone()))
+                let room = entry.core.room_for_pull();
+                if room == 0 {
+                    return Err(Ok(()));
+                }
+                Ok((residency.unasked(all).collect::<Vec<_>>(), room, entry.store.clone()))
             });
             let page = strong.page;
             drop(strong);
-            let (missing, store) = match look.ok_or(RegionError::PagerStopped)? {
+            let (missing, room, store) = match look.ok_or(RegionError::PagerStopped)? {
                 Ok(work) => work,
                 Err(over) => return over,
             };
@@ -106,7 +123,8 @@ impl Engine {
                 changed.await;
                 continue;
             }
-            let missing = ordered(missing, &plan.order, page);
+            // Of a budget, the first in order is what there is room for.
+            let missing = first_pages(ordered(missing, &plan.order, page).into_iter(), room);
             let (pages, end) = pull_once(&engine, id, &store, missing.clone(), &mut rate).await?;
             if pages > 0 {
                 (attempt, failing_since) = (0, None);
@@ -120,6 +138,9 @@ impl Engine {
                 left.and_then(|extent| extent.chunks(step).next())
             });
             let Some(extent) = left.ok_or(RegionError::PagerStopped)? else { continue };
+            if strong.with_entry(id, |entry| entry.core.room_for_pull()) == Some(0) {
+                continue;
+            }
             let error = match end {
                 Ok(()) if pages > 0 => continue,
                 // What was sent on demand may have been for another region over the same store: the next bulk read starts its own account.
@@ -142,6 +163,17 @@ impl Engine {
             }
         }
     }
+}
+
+/// As much of the extents as has room.
+fn first_pages(extents: impl Iterator<Item = Extent>, room_pages: u64) -> Vec<Extent> {
+    let mut left = room_pages;
+    let part = |extent: Extent| {
+        let part = Extent::between(extent.first(), extent.end().min(extent.first().saturating_add(left)));
+        left -= part.count();
+        (!part.is_empty()).then_some(part)
+    };
+    extents.map_while(part).collect()
 }
 
 /// Bulk reads in a row that may end without a page that is still missing.
@@ -217,7 +249,8 @@ impl Engine {
         let state = &mut *guard;
         let Some(entry) = state.regions.get_mut(&id) else { return 0 };
         entry.answered_by_store();
-        let wanted = entry.core.arrived(run.extent, Origin::Pull);
+        let mut wanted = entry.core.arrived(run.extent, Origin::Pull);
+        wanted = first_pages(wanted.into_iter(), entry.core.room_for_pull());
         let wanted_pages: u64 = wanted.iter().map(|extent| extent.count()).sum();
         add(&entry.counters.pages_stale, run.extent.count() - wanted_pages);
         let changed = entry.changed.clone();

@@ -273,6 +273,11 @@ impl Engine {
         if let Some((id, page)) = state.map.find(address as u64)
             && let Some(entry) = state.regions.get_mut(&id)
         {
+            if Engine::is_leaving(entry, page) {
+                // It is as the store has it, and is being dropped: woken when that is done, the writer asks for it.
+                return;
+            }
+            entry.core.touched(page);
             if let Some(tracking) = &mut entry.tracking {
                 tracking.written.wrote(Extent::page(page));
             }

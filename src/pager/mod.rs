@@ -2,13 +2,15 @@
 //!
 //! Role: hops *fault*, *decide*, *request*, *reply*, *install*, *wake* of a page's journey. Neighbours: `region` joins it; stores are asked through
 //! [`PageStore`](crate::PageStore); `sys` makes the calls. Invariants: S1-S4 of docs/safety.md; pure decisions in `core`, `residency`, `around`,
-//! `address_map`, `retry`, `written`, `moment`; everything else runs on the service's thread.
+//! `budget`, `address_map`, `retry`, `written`, `moment`; everything else runs on the service's thread.
 
 mod address_map;
 mod around;
+mod budget;
 mod children;
 mod core;
 mod engine;
+mod evict;
 mod fetch;
 mod freezing;
 mod install;
@@ -38,6 +40,7 @@ pub(crate) use address_map::RegionId;
 pub(crate) use around::Around;
 pub(crate) use core::Core;
 pub(crate) use engine::{Engine, Entry};
+pub(crate) use evict::{Bell, Fill, Need};
 pub(crate) use freezing::{Keeping, Look};
 pub(crate) use moment::{Gone, Kept};
 

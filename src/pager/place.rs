@@ -142,6 +142,7 @@ impl Engine {
             }
             if !matches!(what, Owned::Poison) {
                 entry.core.installed(now);
+                entry.ring();
                 counters.hops.hop(crate::Hop::Install).record(start.elapsed());
             }
             if again_from.is_some() {

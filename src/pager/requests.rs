@@ -8,7 +8,7 @@ use super::{
     address_map::RegionId,
     core::Origin,
     engine::Engine,
-    place::Owned,
+    place::{Owned, page_len},
     retry::{Next, Outage},
 };
 use crate::{Content, Extent, Hop, Loss, OnLoss, PageStore, RegionEvent, Run, StoreError, Verdict, stats::add};
@@ -101,7 +101,7 @@ impl Engine {
         }
     }
 
-    fn request_faults(&self, region: RegionId, store: &Arc<dyn PageStore>, pages: Vec<u64>) {
+    pub(super) fn request_faults(&self, region: RegionId, store: &Arc<dyn PageStore>, pages: Vec<u64>) {
         for page in pages {
             self.request(Ask {
                 region,
@@ -170,8 +170,11 @@ impl Engine {
         origin: Origin,
     ) {
         let page = self.page;
+        // A page of zeros cannot come protected, and would have to be written to the store before it may go. Bytes can.
+        let evicting = state.regions.get(&id).is_some_and(|entry| entry.evicting.is_some() && entry.tracking.is_some());
         for extent in wanted {
             let what = match &run.content {
+                Content::Zero if evicting => Owned::Bytes(vec![0; page_len(page, extent.count())].into()),
                 Content::Zero => Owned::Zeros,
                 Content::Bytes(bytes) => {
                     let from = page.offset_of(extent.first() - run.extent.first());

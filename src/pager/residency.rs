@@ -86,6 +86,12 @@ impl Residency {
         slice(&mut self.discarded, extent).fill(true);
     }
 
+    /// These pages were here, and the store has them: they are missing, as if they had never come. What was discarded before is in the store by now.
+    pub(crate) fn evict(&mut self, extent: Extent) {
+        slice(&mut self.resident, extent).fill(false);
+        slice(&mut self.discarded, extent).fill(false);
+    }
+
     pub(crate) fn lose(&mut self, extent: Extent) {
         slice(&mut self.asked, extent).fill(false);
         slice(&mut self.lost, extent).fill(true);
@@ -128,6 +134,16 @@ impl Residency {
     /// Extents inside `within` that hold data.
     pub(crate) fn resident(&self, within: Extent) -> impl Iterator<Item = Extent> + '_ {
         self.runs(within, |this, page| this.resident[page])
+    }
+
+    pub(crate) fn is_resident(&self, page: u64) -> bool {
+        self.resident[index(page)]
+    }
+
+    /// How many pages of `extent` hold data.
+    pub(crate) fn resident_in(&self, extent: Extent) -> u64 {
+        let end = index(extent.end()).min(self.resident.len());
+        self.resident[index(extent.first()).min(end)..end].count_ones() as u64
     }
 
     pub(crate) fn resident_pages(&self) -> u64 {
@@ -191,6 +207,19 @@ mod tests {
             let tried = try_residency(within, &ops);
             prop_assert!(tried.is_ok(), "{}", tried.unwrap_err());
         }
+    }
+
+    #[test]
+    fn what_is_evicted_is_missing_and_not_discarded() {
+        let mut residency = Residency::new(8, false);
+        let extent = Extent::between(2, 6);
+        residency.install(extent);
+        residency.discard(Extent::page(3));
+        residency.install(Extent::page(3));
+        residency.evict(Extent::between(3, 5));
+        let states = [2, 3, 4, 5].map(|page| residency.state(page));
+        assert_eq!(states, [PageState::Resident, PageState::Missing, PageState::Missing, PageState::Resident]);
+        assert_eq!((residency.resident_in(Extent::between(0, 8)), residency.is_resident(4)), (2, false));
     }
 
     #[test]

@@ -140,7 +140,10 @@ impl Engine {
                 }
             }
             if let Some(entry) = state.regions.get_mut(&id) {
-                let written = Written::new(all.count());
+                let mut written = Written::new(all.count());
+                if entry.evicting.is_some() {
+                    written.keep_taken();
+                }
                 entry.tracking = Some(Tracking { tracker, written, filled_from_a_store, armed: false });
             }
             all
@@ -161,7 +164,7 @@ impl Engine {
         let Some(all) = self.with_entry(id, |entry| entry.core.residency().extent()) else { return };
         for step in self.steps(all) {
             let mut state = self.lock_caught_up();
-            if state.regions.get(&id).is_some_and(|entry| entry.freezing.is_some()) {
+            if state.regions.get(&id).is_some_and(|entry| entry.freezing.is_some() || entry.evicting.is_some()) {
                 // What is protected stays so: its writers are let go by their messages.
                 break;
             }
@@ -252,11 +255,24 @@ impl Engine {
         Ok(taken)
     }
 
+    /// What was taken is where it was to go.
+    pub(crate) fn acknowledged(&self, id: RegionId, extents: &[Extent]) {
+        self.with_entry(id, |entry| {
+            if let Some(tracking) = &mut entry.tracking {
+                extents.iter().for_each(|extent| tracking.written.settled(*extent));
+            }
+            entry.ring();
+        });
+    }
+
     /// Puts back what was taken and not acknowledged.
     pub(crate) fn give_back_written(&self, id: RegionId, extents: &[Extent]) {
         self.with_entry(id, |entry| {
             if let Some(tracking) = &mut entry.tracking {
-                extents.iter().for_each(|extent| tracking.written.wrote(*extent));
+                for extent in extents {
+                    tracking.written.wrote(*extent);
+                    tracking.written.settled(*extent);
+                }
             }
         });
     }

@@ -1,7 +1,7 @@
 //! Which pages of a region were written and not yet taken.
 //!
 //! Role: the memory of trackers. Neighbours: `tracking` alone holds one for each region that is followed; trackers add what the kernel tells. Invariants: a page leaves only by
-//! being taken, and comes back when what was taken is not acknowledged (S5); two bits a page.
+//! being taken, and comes back when what was taken is not acknowledged (S5); two bits a page, and one where it is kept what is clean.
 //!
 //! A page that the program discards is told before the kernel drops it. Until it is known to be dropped it stays *in doubt*: it is given with every take, because one
 //! that came between the two might have been followed by a read of the old bytes. That the page is empty proves nothing: it may have been so before, and be written before it is
@@ -19,12 +19,38 @@ pub(super) struct Written {
     any_known: bool,
     in_doubt: Plane,
     any_in_doubt: bool,
+    /// Taken and not acknowledged, if that is kept.
+    taken: Option<Plane>,
 }
 
 impl Written {
     pub(super) fn new(pages: u64) -> Written {
         let none: Plane = BitVec::repeat(false, index(pages));
-        Written { known: none.clone(), any_known: false, in_doubt: none, any_in_doubt: false }
+        Written { known: none.clone(), any_known: false, in_doubt: none, any_in_doubt: false, taken: None }
+    }
+
+    /// Keeps what is taken from now on until it is acknowledged or given back, for [`Written::is_clean`].
+    pub(super) fn keep_taken(&mut self) {
+        self.taken.get_or_insert_with(|| BitVec::repeat(false, self.known.len()));
+    }
+
+    /// Whoever took these pages has them, or gives them back.
+    pub(super) fn settled(&mut self, extent: Extent) {
+        self.taken.iter_mut().for_each(|taken| slice(taken, extent).fill(false));
+    }
+
+    /// Whether nothing was written to the page since what was taken of it was acknowledged; only if that is kept.
+    pub(super) fn is_clean(&self, page: u64) -> bool {
+        let page = index(page);
+        self.taken.as_ref().is_some_and(|taken| !self.known[page] && !self.in_doubt[page] && !taken[page])
+    }
+
+    /// Pages that were written and are not acknowledged.
+    pub(super) fn dirty_pages(&self) -> u64 {
+        let words = |plane: &Plane| plane.as_raw_slice().to_vec();
+        let taken = self.taken.as_ref().map_or_else(Vec::new, words);
+        let all = self.known.as_raw_slice().iter().zip(self.in_doubt.as_raw_slice()).enumerate();
+        all.map(|(at, (known, doubt))| u64::from((known | doubt | taken.get(at).unwrap_or(&0)).count_ones())).sum()
     }
 
     /// These pages were written, or may have been.
@@ -64,11 +90,14 @@ impl Written {
             slice(&mut self.known, within).fill(false);
             self.any_known = self.known.any();
         }
+        if let Some(kept) = &mut self.taken {
+            taken.iter().for_each(|extent| slice(kept, *extent).fill(true));
+        }
         taken
     }
 
     pub(super) fn heap_bytes(&self) -> usize {
-        (self.known.capacity() + self.in_doubt.capacity()) / 8
+        (self.known.capacity() + self.in_doubt.capacity() + self.taken.as_ref().map_or(0, Plane::capacity)) / 8
     }
 }
 
@@ -108,6 +137,22 @@ mod tests {
             2 => Op::NoDoubt(extent),
             _ => Op::Take(extent),
         })
+    }
+
+    #[test]
+    fn a_page_is_clean_when_what_was_taken_of_it_is_settled_and_nothing_was_written_since() {
+        let mut written = Written::new(4);
+        assert!(!written.is_clean(0));
+        written.keep_taken();
+        assert!(written.is_clean(0));
+        written.wrote(Extent::between(0, 2));
+        let taken = written.take(Extent::between(0, 4));
+        assert_eq!((taken.len(), written.is_clean(0), written.dirty_pages()), (1, false, 2));
+        written.wrote(Extent::page(1));
+        written.settled(taken[0]);
+        assert_eq!([0, 1, 2].map(|page| written.is_clean(page)), [true, false, true]);
+        written.doubt(Extent::page(2));
+        assert_eq!((written.is_clean(2), written.dirty_pages()), (false, 2));
     }
 
     proptest! {

@@ -4,6 +4,7 @@
 //! serves it through [`RegionStore`]. Invariants: S1 (a drop unmaps before anything is unregistered), S8 (no `&[u8]` of live memory).
 
 mod arrival;
+mod budget;
 mod buffers;
 mod builder;
 mod capabilities;
@@ -29,6 +30,7 @@ use std::{
 use tokio::{sync::broadcast, task::JoinHandle};
 
 pub(crate) use arrival::{Landing, Upstream};
+pub(crate) use budget::Step;
 pub use builder::RegionBuilder;
 pub use capabilities::Capabilities;
 pub use frozen::Frozen;

@@ -177,6 +177,7 @@ impl Written {
 
     /// Says that they have arrived where they were to go.
     pub fn acknowledge(mut self) {
+        self.joined.pager.engine().acknowledged(self.joined.id, &self.extents);
         self.extents.clear();
     }
 }

@@ -22,6 +22,7 @@ const PURE: &[&str] = &[
     "pager::written",
     "pager::moment",
     "pager::around",
+    "pager::budget",
     "pager::order",
     "pager::address_map",
     "pager::retry",
