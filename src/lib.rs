@@ -44,6 +44,6 @@ pub use pager::Pager;
 pub use region::{Capabilities, Frozen, Program, Region, RegionBuilder, RegionStore, ResidencySnapshot, Tracking, Written};
 pub use service::{DEFAULT_POLL_BUDGET, Service};
 pub use stats::{HOPS, Hop, Hops, Latency, Stats};
-pub use store::{FileStore, MemoryStore};
+pub use store::{CacheBuilder, CacheDurability, CacheStatus, CacheStore, FileStore, MemoryStore};
 #[doc(hidden)]
 pub use store::{conformance, testing};

@@ -4,7 +4,11 @@
 //! threads. Invariants: a page is never read while it is being written, whatever the file system promises; a failed fsync is never
 //! followed by a successful one; bytes past the recorded size are neither written nor read.
 
-use super::{Layout, pull_by_reading};
+use super::{
+    Layout,
+    blocking::{at_path, failed, run_blocking, sync_directory_of},
+    pull_by_reading,
+};
 use crate::{Extent, PageSize, PageStore, Pull, Run, StoreError};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -23,7 +27,6 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
 };
-use thiserror::Error;
 
 /// Locks for chunks, chosen by index: few enough to be nothing, enough that two chunks in use rarely share one.
 const STRIPES: usize = 64;
@@ -122,22 +125,23 @@ impl FileStore {
         extent: Extent,
         work: impl FnOnce(&Inner, &AtomicBool) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let runtime = tokio::runtime::Handle::try_current().map_err(|error| failed(operation, extent, io::Error::other(error)))?;
-        let abandoned = SetOnDrop(Arc::default());
-        let (inner, flag) = (self.inner.clone(), abandoned.0.clone());
-        match runtime.spawn_blocking(move || work(&inner, &flag)).await {
-            Ok(result) => result,
-            Err(error) if error.is_cancelled() => Err(StoreError::Closed),
-            Err(error) => Err(failed(operation, extent, io::Error::other(error))),
-        }
+        let inner = self.inner.clone();
+        run_blocking(operation, extent, move |abandoned| work(&inner, abandoned)).await
     }
-}
 
-struct SetOnDrop(Arc<AtomicBool>);
+    /// As `read`, on the thread that calls.
+    pub(super) fn read_now(&self, extent: Extent) -> Result<Vec<Run>, StoreError> {
+        self.inner.read(extent, &AtomicBool::new(false))
+    }
 
-impl Drop for SetOnDrop {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
+    /// As `write`, on the thread that calls.
+    pub(super) fn write_now(&self, extent: Extent, bytes: &[u8]) -> Result<(), StoreError> {
+        self.inner.write(extent, bytes, &AtomicBool::new(false))
+    }
+
+    /// As `flush`, on the thread that calls.
+    pub(super) fn flush_now(&self) -> Result<(), StoreError> {
+        self.inner.flush()
     }
 }
 
@@ -222,28 +226,6 @@ impl Inner {
     fn stripe(&self, chunk: u64) -> &RwLock<()> {
         &self.stripes[chunk as usize % STRIPES]
     }
-}
-
-/// A new file's name is durable when its directory is (fsync(2)).
-fn sync_directory_of(path: &Path) -> io::Result<()> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
-}
-
-fn failed(operation: &'static str, extent: Extent, error: io::Error) -> StoreError {
-    StoreError::Io { operation, extent, source: Arc::new(error) }
-}
-
-/// Opening fails before there are extents to speak of; the path says more. The errno stays reachable as the source's source.
-fn at_path(operation: &'static str, path: &Path, source: io::Error) -> StoreError {
-    #[derive(Debug, Error)]
-    #[error("{path}: {source}")]
-    struct AtPath {
-        path: String,
-        source: io::Error,
-    }
-    let kind = source.kind();
-    failed(operation, Extent::default(), io::Error::new(kind, AtPath { path: path.display().to_string(), source }))
 }
 
 #[async_trait]

@@ -1,14 +1,17 @@
-//! Stores on this host: memory and files as [`PageStore`]s.
+//! Stores on this host: memory, files and caches of other stores as [`PageStore`]s.
 //!
-//! Role: the two stores that need no network, the suite that every store has to pass, and the gate that tests put before one.
+//! Role: the stores that need no network, the suite that every store has to pass, and the gate that tests put before one.
 //! Neighbours: imports the words; used by `mount`, by servers and by tests. Invariants: what one lock guards is a chunk, which is
 //! whole pages, so that no reader sees half of a write to a page; a refused call has no effect.
 
+mod blocking;
+mod cache;
 pub mod conformance;
 mod file;
 mod memory;
 pub mod testing;
 
+pub use cache::{CacheBuilder, CacheDurability, CacheStatus, CacheStore};
 pub use file::FileStore;
 pub use memory::MemoryStore;
 
