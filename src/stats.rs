@@ -164,6 +164,8 @@ counters! {
     demand_requests,
     /// Requests sent for the neighbours of a fault.
     around_requests,
+    /// Those of them that went out while a reader waited for pages asked for earlier ([`FaultAround::ahead_pages`](crate::FaultAround::ahead_pages)).
+    ahead_requests,
     /// Pages installed because a fault asked for them.
     pages_demand,
     /// Pages installed because a neighbour faulted.

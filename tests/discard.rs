@@ -324,7 +324,7 @@ fn an_install_that_spans_mappings_is_done_piece_by_piece() {
     }
     let _watchdog = watchdog();
     let store = gated(64);
-    let around = FaultAround { base_pages: 64, max_pages: 64 };
+    let around = FaultAround { base_pages: 64, max_pages: 64, ahead_pages: 0 };
     let region = Region::builder().store(store.clone()).pager(&pager()).fault_around(around).open().unwrap();
     // SAFETY: advice about core dumps and a protection that is taken back below; both split the mapping.
     unsafe {

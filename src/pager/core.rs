@@ -6,7 +6,7 @@
 //! bytes again; the number of pages asked for because of faults stays within the bound, the faults beyond it wait in order.
 
 use super::{
-    around::Around,
+    around::{Around, PIECE_PAGES},
     budget::{Budget, Chosen},
     residency::{PageState, Residency},
 };
@@ -156,10 +156,34 @@ impl Core {
                 }
                 self.requested(Extent::page(page), true);
                 self.in_flight_pages += 1;
-                let window = self.around.window(page);
-                Decision::Ask { around: self.claim(window, self.room()) }
+                let room_pages = self.room_ahead_pages();
+                let window = self.around.window(page, room_pages);
+                Decision::Ask { around: self.claim_near(page, window, room_pages) }
             }
         }
+    }
+
+    /// A thread waits for `page`, which is on its way: what to ask for ahead of it, as neighbours.
+    pub(crate) fn ahead(&mut self, page: u64) -> Vec<Extent> {
+        let room_pages = self.room_ahead_pages();
+        let window = self.around.ahead(page, room_pages);
+        self.claim_near(page, window, room_pages)
+    }
+
+    /// How many pages may be asked for that nobody waits for. An eighth of the bound is left to faults, which would queue behind whole windows otherwise.
+    fn room_ahead_pages(&self) -> u64 {
+        let in_flight = (self.max_in_flight_pages - self.max_in_flight_pages / 8).saturating_sub(self.in_flight_pages);
+        in_flight.min(self.room())
+    }
+
+    /// Claims a window in pieces, the nearest to `page` first: they are on their way at once, where a long request would come in its parts, one round trip each.
+    fn claim_near(&mut self, page: u64, window: Extent, limit_pages: u64) -> Vec<Extent> {
+        let claimed = self.claim(window, limit_pages);
+        let mut pieces: Vec<Extent> = claimed.iter().flat_map(|extent| extent.chunks(PIECE_PAGES)).collect();
+        if window.end() <= page + 1 {
+            pieces.reverse();
+        }
+        pieces
     }
 
     /// Marks up to `limit_pages` missing pages of `within` as asked for; the caller asks for what this returns, and says
@@ -272,7 +296,7 @@ mod tests {
     use proptest::{collection::vec, prelude::*};
 
     fn core(pages: u64, base: u64, bound: u64) -> Core {
-        Core::new(pages, false, Around::new(base, base), bound)
+        Core::new(pages, false, Around::new(base, base, 0), bound)
     }
 
     #[test]

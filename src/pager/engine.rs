@@ -387,7 +387,15 @@ impl Engine {
                 self.uffd.wake(address, self.page.len());
             }
             Decision::Zero => self.put(state, Some(id), address, Extent::page(page), Owned::Zeros, Origin::Demand),
-            Decision::Joined => add(&entry.counters.faults_joined, 1),
+            Decision::Joined => {
+                add(&entry.counters.faults_joined, 1);
+                let ahead = entry.core.ahead(page);
+                add(&entry.counters.ahead_requests, ahead.len() as u64);
+                add(&entry.counters.around_requests, ahead.len() as u64);
+                let store = &entry.store;
+                let ask = |extent| Ask { region: id, extent, origin: Origin::Around, store: store.clone(), read_at };
+                asks.extend(ahead.into_iter().map(ask));
+            }
             Decision::Ask { around } => {
                 add(&entry.counters.demand_requests, 1);
                 add(&entry.counters.around_requests, around.len() as u64);

@@ -45,7 +45,7 @@ impl Region {
         let range = |extent: &Extent| (page.offset_of(extent.first()), usize::try_from(extent.bytes(page)).unwrap_or(usize::MAX));
         self.mapping().discard_all(&lacking.iter().map(range).collect::<Vec<_>>())?;
         let around = fault_around.unwrap_or(pager.options().fault_around);
-        let around = Around::new(around.base_pages, around.max_pages);
+        let around = Around::new(around.base_pages, around.max_pages, around.ahead_pages);
         let core = Core::lacking(self.extent().count(), lacking, around, pager.options().max_in_flight_pages);
         let paged = Paged::join(self.name(), self.mapping(), pager, core, store, loss, Some(Trap::Missing))?;
         self.inner

@@ -155,7 +155,7 @@ impl RegionBuilder {
             Some(store) => {
                 let pager = self.pager.clone().map_or_else(Pager::shared, Ok)?;
                 let around = self.fault_around.unwrap_or(pager.options().fault_around);
-                let around = Around::new(around.base_pages, around.max_pages);
+                let around = Around::new(around.base_pages, around.max_pages, around.ahead_pages);
                 let core = Core::new(pages, false, around, pager.options().max_in_flight_pages);
                 Some(Paged::join(&self.name, &mapping, pager, core, store, self.loss, Some(Trap::Missing))?)
             }

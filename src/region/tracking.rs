@@ -101,7 +101,7 @@ impl Region {
 
     /// Joins a pager that has nothing to fill. `guest`: for as long as it is followed or frozen.
     pub(super) fn join_plain(&self, pager: Pager, trap: Option<Trap>, guest: bool) -> Result<Arc<Paged>, RegionError> {
-        let core = Core::new(self.extent().count(), true, Around::new(1, 1), 1);
+        let core = Core::new(self.extent().count(), true, Around::new(1, 1, 0), 1);
         // Never asked: no page is missing.
         let store = Arc::new(MemoryStore::zeroed(self.size_bytes(), self.page_size()));
         let mut joined = Paged::join(self.name(), self.mapping(), pager, core, store, LossPolicy::default(), trap)?;

@@ -74,7 +74,7 @@ impl CoreEvent {
 /// # Errors
 /// What does not hold: a page is asked for twice, or older bytes are put over a page, or the bound is passed, or somebody waits for ever.
 pub(crate) fn try_core(base_pages: u64, bound_pages: u64, events: &[CoreEvent]) -> Result<Seen, String> {
-    let core = Core::new(CORE_PAGES, false, Around::new(base_pages, base_pages * 4), bound_pages);
+    let core = Core::new(CORE_PAGES, false, Around::new(base_pages, base_pages * 4, base_pages * 8), bound_pages);
     let mut trial = CoreTrial {
         core,
         bound_pages,
@@ -185,6 +185,9 @@ impl CoreTrial {
                 ensure!(known.missing() && (asked || full), "joined, though the page is {known:?} and not asked for");
                 if !asked {
                     self.queued.insert(page);
+                }
+                for extent in self.core.ahead(page) {
+                    self.ask(extent, Origin::Around)?;
                 }
             }
             Decision::Ask { around } => {
