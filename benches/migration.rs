@@ -19,7 +19,7 @@ use common::{
     timeline::{self, Wire},
     writer::{PAGES_S, Writer, check, now_ns},
 };
-use pageferry::{DEFAULT_POLL_BUDGET, Destination, Identity, Pager, PagerOptions, Strategy, TransportOptions, Trust};
+use pageferry::{DEFAULT_POLL_BUDGET, Destination, Identity, Pager, PagerOptions, Peer, Region, Strategy, TransportOptions, Trust};
 use serde_json::{Map, Value};
 use std::{
     cell::{Cell, RefCell},
@@ -55,6 +55,7 @@ fn bench(args: &Args) -> Result<Measured> {
             pull_s.set(full_bytes as f64 / 1e6 / rate);
             Ok(vec![rate, pull_s.get()])
         }),
+        Case::new(["live_pull_s"], |_| Ok(vec![live_pull_s(bytes)?])),
         Case::new(POST, |_| stage.run("post", Strategy::post_copy(), Some(2.0))),
         Case::new(PRE, |_| stage.run("pre", Strategy::pre_copy(), None)),
         Case::new(HYBRID, |_| stage.run("hybrid", Strategy::hybrid(), Some(3.0))),
@@ -147,6 +148,24 @@ fn pull(server: &mut Server) -> Result<f64> {
     let start = Instant::now();
     ferry.pull(&region)?;
     Ok(common::measure::mb_s(region.size_bytes(), start))
+}
+
+/// A bulk read of the program's own memory while it writes: what a move of it cannot be faster than, as its pages go the same way by the same code and its program does not stop.
+fn live_pull_s(bytes: u64) -> Result<f64> {
+    let identity = Identity::generate()?;
+    let mover = Mover::stay(bytes, SEED, identity.peer_id(), ETHERNET_MTU)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let transport = TransportOptions { mtu_max_bytes: ETHERNET_MTU, ..TransportOptions::default() };
+    let pager = Pager::start(&PagerOptions::default())?;
+    let peer = Peer::builder(mover.address, Trust::ids([mover.id]), &identity).transport(transport).service(pager.service());
+    let peer = runtime.block_on(peer.connect())?;
+    let start = Instant::now();
+    let region = Region::builder().pager(&pager).store(runtime.block_on(peer.open(REGION))?).open()?;
+    runtime.block_on(region.pull())?;
+    let took_s = start.elapsed().as_secs_f64();
+    let image = image(bytes, SEED);
+    image.check(1 + common::writer::HOT_PAGES..image.pages(), |page, into| Ok(region.read_at(page * PAGE_BYTES, into)?))?;
+    Ok(took_s)
 }
 
 struct Stage<'a> {
