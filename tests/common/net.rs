@@ -338,7 +338,9 @@ impl RawClient {
 
     /// Sends `bytes` on a new stream, ends it, and returns all frames that come back.
     pub async fn say(&self, bytes: &[u8]) -> Vec<Got> {
-        let (mut send, mut receive) = self.stream(bytes).await;
+        // Refused before it could say anything: nothing comes back.
+        let Ok((mut send, mut receive)) = soon("opening a stream", self.connection.open_bi()).await else { return Vec::new() };
+        let _ = send.write_all(bytes).await;
         let _ = send.finish();
         let mut answers = Vec::new();
         while let Some(got) = soon("an answer", Got::read(&mut receive)).await {
