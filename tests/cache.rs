@@ -15,6 +15,7 @@ use std::{
     },
     time::{Duration, Instant},
 };
+use tokio::sync::Semaphore;
 
 const PAGE: usize = 4096;
 const PAGES: u64 = 600; // more than two chunks
@@ -27,13 +28,16 @@ struct Link {
     away: Arc<AtomicBool>,
     writes: Arc<AtomicU64>,
     flush_fails: Arc<AtomicBool>,
+    /// The first write waits for it, and lands whatever becomes of who asked for it.
+    first_write: Arc<Semaphore>,
 }
 
 impl Link {
     fn new() -> Link {
         let bytes: Vec<u8> = (0..PAGES).flat_map(|page| [page as u8 | 1; PAGE]).collect();
         let store = MemoryStore::from_bytes(bytes, KIB_4);
-        Link { store, away: Arc::default(), writes: Arc::default(), flush_fails: Arc::default() }
+        let first_write = Arc::new(Semaphore::new(1));
+        Link { store, away: Arc::default(), writes: Arc::default(), flush_fails: Arc::default(), first_write }
     }
 
     fn check_link(&self) -> Result<(), StoreError> {
@@ -59,7 +63,14 @@ impl PageStore for Link {
 
     async fn write(&self, extent: Extent, bytes: &[u8]) -> Result<(), StoreError> {
         self.check_link()?;
-        self.writes.fetch_add(1, SeqCst);
+        if self.writes.fetch_add(1, SeqCst) == 0 {
+            let (link, bytes) = (self.clone(), bytes.to_vec());
+            let lands = tokio::spawn(async move {
+                let _first = link.first_write.acquire().await.unwrap();
+                link.store.write(extent, &bytes).await
+            });
+            return lands.await.unwrap();
+        }
         tokio::task::yield_now().await; // others go first, as on a network
         self.store.write(extent, bytes).await
     }
@@ -320,6 +331,61 @@ async fn no_write_is_lost_to_a_push_that_reads_it_meanwhile() {
     let cache = open(link.clone(), &path).await;
     for at in 250..250 + 3 * WRITERS {
         assert_eq!(page(&cache, at).await, 60, "page {at} after a restart");
+    }
+}
+
+/// A write of a push that was dropped would land after the younger one of the next, whose page then counts as clean.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_push_whose_caller_has_gone_ends_before_the_next_begins() {
+    let ((_directory, path), link) = (directory(), Link::new());
+    let cache = open(link.clone(), &path).await;
+    let held = link.first_write.acquire().await.unwrap();
+    let push = |cache: &CacheStore| {
+        let cache = cache.clone();
+        tokio::spawn(async move { cache.push().await })
+    };
+    cache.write(Extent::page(3), &[1; PAGE]).await.unwrap();
+    let gone = push(&cache);
+    until("the first push writes", || link.writes.load(SeqCst) == 1).await;
+    gone.abort();
+    cache.write(Extent::page(3), &[2; PAGE]).await.unwrap();
+    let mut next = push(&cache);
+    assert!(tokio::time::timeout(Duration::from_millis(100), &mut next).await.is_err(), "it overtook an older write");
+    drop(held);
+    next.await.unwrap().unwrap();
+    assert_eq!((page(&link.store, 3).await, cache.status().dirty_pages), (2, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_remote_store_that_panics_in_a_push_is_an_error() {
+    struct Panics(MemoryStore);
+    #[async_trait]
+    impl PageStore for Panics {
+        fn size(&self) -> u64 {
+            self.0.size()
+        }
+        fn page_size(&self) -> PageSize {
+            KIB_4
+        }
+        async fn read(&self, extent: Extent) -> Result<Vec<Run>, StoreError> {
+            self.0.read(extent).await
+        }
+        async fn write(&self, extent: Extent, bytes: &[u8]) -> Result<(), StoreError> {
+            self.0.write(extent, bytes).await
+        }
+        async fn flush(&self) -> Result<(), StoreError> {
+            panic!("the test says so")
+        }
+        async fn pull(&self, extents: Vec<Extent>) -> Result<Box<dyn Pull>, StoreError> {
+            self.0.pull(extents).await
+        }
+    }
+    let (_directory, path) = directory();
+    let cache = open(Panics(MemoryStore::zeroed(8 * PAGE as u64, KIB_4)), &path).await;
+    cache.write(Extent::page(3), &[1; PAGE]).await.unwrap();
+    for _ in 0..2 {
+        assert!(matches!(cache.push().await, Err(StoreError::Protocol(_))));
+        assert_eq!(cache.status().dirty_pages, 1);
     }
 }
 

@@ -80,9 +80,9 @@ pub struct CacheBuilder {
 ///
 /// A write that does not fit on the disk fails, and what was written before is kept; a read that cannot be kept is answered all the same.
 ///
-/// Cancellation: a dropped `write` leaves old or new pages; a dropped `push` leaves dirty what it had not finished. Threads: any; work
-/// that blocks runs on the blocking threads of the runtime that polls. Dropping the last handle ends the thread that pushes, without
-/// a push, and waits for its last system call.
+/// Cancellation: a dropped `write` leaves old or new pages; a push goes on. Threads: any; work
+/// that blocks runs on the blocking threads of the runtime that polls, and pushes on a thread of the cache's own. Dropping the last handle ends that thread, without
+/// another push, and waits for its last system call.
 ///
 /// ```
 /// use pageferry::{CacheStore, Extent, MemoryStore, PageSize, PageStore};
@@ -115,8 +115,6 @@ struct Inner {
     path: PathBuf,
     durability: CacheDurability,
     push_bytes: u64,
-    /// Pushes take turns, and have numbers.
-    pushing: tokio::sync::Mutex<u64>,
     push_error: Mutex<Option<StoreError>>,
 }
 
@@ -153,12 +151,14 @@ impl CacheStore {
 
     /// Brings everything that was written before this call to the remote store, and returns when that store has flushed it.
     ///
-    /// Pages that are written meanwhile stay dirty. Pushes take turns. Dropping the future leaves dirty what was not finished.
+    /// Pages that are written meanwhile stay dirty. Pushes take turns.
+    ///
+    /// Cancellation: the push goes on.
     ///
     /// # Errors
     /// What the remote store or the cache's file met; what was written is kept, and the next push begins with it.
     pub async fn push(&self) -> Result<(), StoreError> {
-        self.inner.push().await
+        self.pusher.push().await
     }
 
     /// What it holds now. Takes as long as it has runs of pages, microseconds for some thousand.
@@ -258,7 +258,6 @@ impl CacheBuilder {
             path: self.path,
             durability: self.durability,
             push_bytes: self.push_bytes,
-            pushing: tokio::sync::Mutex::default(),
             push_error: Mutex::default(),
         });
         let pusher = Arc::new(Pusher::start(&inner, self.push_every)?);

@@ -1,8 +1,9 @@
 //! Brings what was written to the remote store, again and again until it is there.
 //!
-//! Role: one push, and the thread that pushes by itself. Neighbours: `cache` starts both; `shared` marks, reads and acknowledges.
+//! Role: the thread on which a cache pushes, by itself and when asked. Neighbours: `cache` starts and asks it; `shared` marks, reads and acknowledges.
 //! Invariants: what was pushed is clean only after the remote store's flush, and only if it was not written since it was read (S5);
-//! a push that ends in any other way leaves it dirty; the thread ends before the last handle is gone.
+//! a push that ends in any other way leaves it dirty; one push at a time, which ends whatever becomes of who asked for it, so that no write of
+//! one lands after a younger write of the next; the thread ends before the last handle is gone.
 
 use super::{Inner, shared::Shared};
 use crate::{
@@ -10,6 +11,7 @@ use crate::{
     store::blocking::{at_path, run_blocking},
 };
 use std::{
+    future::pending,
     hash::{BuildHasher, Hasher, RandomState},
     io,
     sync::{Arc, PoisonError},
@@ -17,7 +19,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    sync::{Notify, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     task::JoinSet,
 };
 
@@ -25,15 +27,7 @@ const FIRST_WAIT: Duration = Duration::from_millis(200);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
 impl Inner {
-    pub(super) async fn push(&self) -> Result<(), StoreError> {
-        let mut turn = self.pushing.lock().await;
-        *turn += 1;
-        let outcome = self.push_now(*turn).await;
-        *self.push_error.lock().unwrap_or_else(PoisonError::into_inner) = outcome.as_ref().err().cloned();
-        outcome
-    }
-
-    async fn push_now(&self, push: u64) -> Result<(), StoreError> {
+    async fn push(&self) -> Result<(), StoreError> {
         let shared = self.shared.clone();
         let whole = self.shared.layout.extent();
         run_blocking("flush", whole, move |_| shared.settle()).await?;
@@ -41,7 +35,7 @@ impl Inner {
         if pieces.is_empty() {
             return Ok(());
         }
-        let taken = Taken(Some((self.shared.clone(), push)));
+        let taken = Taken(Some(self.shared.clone()));
         let (mut writes, mut on_way_bytes) = (JoinSet::new(), 0);
         let mut outcome = Ok(());
         for piece in pieces {
@@ -58,7 +52,7 @@ impl Inner {
             on_way_bytes += piece_bytes;
             let (shared, remote) = (self.shared.clone(), self.remote.clone());
             writes.spawn(async move {
-                let parts = run_blocking("read", piece, move |_| shared.take(piece, push)).await?;
+                let parts = run_blocking("read", piece, move |_| shared.take(piece)).await?;
                 for (extent, bytes) in parts {
                     remote.write(extent, &bytes).await?;
                 }
@@ -76,13 +70,9 @@ impl Inner {
         outcome?;
         self.remote.flush().await?;
         let shared = self.shared.clone();
-        // From here on dropping this future must not make dirty what becomes clean.
-        run_blocking("flush", whole, move |_| {
-            let acknowledged = shared.pushed(push);
-            taken.acknowledged();
-            acknowledged
-        })
-        .await
+        run_blocking("flush", whole, move |_| shared.pushed()).await?;
+        taken.acknowledged();
+        Ok(())
     }
 }
 
@@ -95,8 +85,8 @@ async fn landed(writes: &mut JoinSet<Result<u64, StoreError>>) -> Result<Option<
     }
 }
 
-/// What was read to be pushed; dirty again when it is dropped.
-struct Taken(Option<(Arc<Shared>, u64)>);
+/// What was read to be pushed; what of it is not clean is dirty again when this is dropped.
+struct Taken(Option<Arc<Shared>>);
 
 impl Taken {
     fn acknowledged(mut self) {
@@ -106,35 +96,48 @@ impl Taken {
 
 impl Drop for Taken {
     fn drop(&mut self) {
-        if let Some((shared, push)) = &self.0 {
-            shared.not_pushed(*push);
+        if let Some(shared) = &self.0 {
+            shared.not_pushed();
         }
     }
 }
 
-/// The thread that pushes by itself, if it was asked for.
+/// Who is to be told what came of a push that begins from now on.
+type Asked = oneshot::Sender<Result<(), StoreError>>;
+
+/// The thread that pushes.
 pub(super) struct Pusher {
+    asks: mpsc::UnboundedSender<Asked>,
     wake: Arc<Notify>,
     end: watch::Sender<()>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Pusher {
+    /// `every`: how often it pushes without being asked, if it does.
     pub(super) fn start(inner: &Arc<Inner>, every: Option<Duration>) -> Result<Pusher, StoreError> {
-        let (wake, (end, ended)) = (Arc::new(Notify::new()), watch::channel(()));
-        let start = |every: Duration| {
+        let (wake, (end, ended), (asks, asked)) = (Arc::new(Notify::new()), watch::channel(()), mpsc::unbounded_channel());
+        let start = || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let (inner, wake) = (inner.clone(), wake.clone());
-            let work = move || runtime.block_on(push_until(ended, push_by_itself(&inner, every, &wake)));
+            let work = move || runtime.block_on(push_until(ended, push_on(&inner, every, &wake, asked)));
             std::thread::Builder::new().name("pageferry-cache".into()).spawn(work)
         };
-        let thread = every.map(start).transpose().map_err(|error: io::Error| at_path("open", &inner.path, error))?;
-        Ok(Pusher { wake, end, thread })
+        let thread = start().map_err(|error: io::Error| at_path("open", &inner.path, error))?;
+        Ok(Pusher { asks, wake, end, thread: Some(thread) })
     }
 
     /// Something was flushed.
     pub(super) fn wake(&self) {
         self.wake.notify_one();
+    }
+
+    /// Begins a push when the one under way is over, and waits for it. Dropped, it leaves the push going on.
+    pub(super) async fn push(&self) -> Result<(), StoreError> {
+        let (told, outcome) = oneshot::channel();
+        // A thread that has ended drops it, and so says so.
+        let _ = self.asks.send(told);
+        outcome.await.unwrap_or(Err(StoreError::Closed))
     }
 }
 
@@ -155,22 +158,37 @@ async fn push_until(mut ended: watch::Receiver<()>, pushing: impl Future<Output 
     }
 }
 
-async fn push_by_itself(inner: &Inner, every: Duration, wake: &Notify) {
+async fn push_on(inner: &Arc<Inner>, every: Option<Duration>, wake: &Notify, mut asked: mpsc::UnboundedReceiver<Asked>) {
     let mut failures = 0;
     loop {
-        if failures == 0 {
-            // A flush begins a push, and so does the time.
-            let _ = tokio::time::timeout(every, wake.notified()).await;
-        } else {
-            // A store that is away is not asked more often because somebody flushes.
-            tokio::time::sleep(wait_after(failures, RandomState::new().build_hasher().finish())).await;
-        }
-        match inner.push().await {
-            Ok(()) => failures = 0,
-            Err(error) => {
-                failures += 1;
-                tracing::warn!(cache = %inner.path.display(), failures, %error, "a push failed and is tried again");
+        let by_itself = async {
+            match every {
+                None => pending().await,
+                // A flush begins a push, and so does the time.
+                Some(every) if failures == 0 => drop(tokio::time::timeout(every, wake.notified()).await),
+                // A store that is away is not asked more often because somebody flushes.
+                Some(_) => tokio::time::sleep(wait_after(failures, RandomState::new().build_hasher().finish())).await,
             }
+        };
+        let mut waiting = tokio::select! {
+            first = asked.recv() => match first {
+                Some(first) => vec![first],
+                None => return,
+            },
+            () = by_itself => Vec::new(),
+        };
+        waiting.extend(std::iter::from_fn(|| asked.try_recv().ok()));
+        // A task of its own: the remote store is somebody else's code, and may panic.
+        let pushing = inner.clone();
+        let outcome = tokio::spawn(async move { pushing.push().await }).await;
+        let outcome = outcome.unwrap_or_else(|_| Err(StoreError::Protocol("the remote store panicked in a push".into())));
+        failures = outcome.as_ref().map_or(failures + 1, |()| 0);
+        if let Err(error) = &outcome {
+            tracing::warn!(cache = %inner.path.display(), failures, %error, "a push failed; what was written is kept");
+        }
+        *inner.push_error.lock().unwrap_or_else(PoisonError::into_inner) = outcome.as_ref().err().cloned();
+        for told in waiting {
+            let _ = told.send(outcome.clone());
         }
     }
 }

@@ -28,13 +28,13 @@ pub(super) enum State {
     Written,
     /// Written, and not to be lost.
     Dirty,
-    /// The same, and read for the push of this number since its last write.
-    Pushing(u64),
+    /// The same, and read for the push under way since its last write.
+    Pushing,
 }
 
 impl State {
     pub(super) fn is_dirty(self) -> bool {
-        matches!(self, State::Written | State::Dirty | State::Pushing(_))
+        matches!(self, State::Written | State::Dirty | State::Pushing)
     }
 }
 
@@ -122,7 +122,7 @@ impl Shared {
     fn prepare(&self, piece: Extent) -> Result<(), StoreError> {
         let begin = |state| match state {
             Some(State::Fetched) => None,
-            Some(State::Pushing(_)) => Some(State::Dirty),
+            Some(State::Pushing) => Some(State::Dirty),
             state => state,
         };
         let is_clean = |pages: &Spans<State>| pages.within(piece).iter().any(|(_, state)| *state == Some(State::Clean));
@@ -184,26 +184,19 @@ impl Shared {
         )
     }
 
-    /// What is to be pushed, in pieces of one chunk each. What an earlier push took and did not acknowledge is among it: one that was
-    /// dropped may go on marking on a blocking thread.
+    /// What is to be pushed, in pieces of one chunk each.
     pub(super) fn dirty(&self) -> Vec<Extent> {
-        let is_due = |(extent, state)| matches!(state, State::Dirty | State::Pushing(_)).then_some(extent);
-        let due: Vec<Extent> = self.pages().iter().filter_map(is_due).collect();
+        let due: Vec<Extent> = self.pages().iter().filter(|(_, state)| *state == State::Dirty).map(|(extent, _)| extent).collect();
         due.into_iter().flat_map(|extent| self.layout.pieces(extent).map(|(_, piece)| piece).collect::<Vec<_>>()).collect()
     }
 
     /// Marks what is dirty of a piece as being pushed, and then reads it.
-    pub(super) fn take(&self, piece: Extent, push: u64) -> Result<Vec<(Extent, Bytes)>, StoreError> {
+    pub(super) fn take(&self, piece: Extent) -> Result<Vec<(Extent, Bytes)>, StoreError> {
         let mut taken = Vec::new();
         for (chunk, piece) in self.layout.pieces(piece) {
             // Keeps writers out from the mark to the end of the reading: a write is wholly in what is read, or takes the mark back.
             let _shared = self.stripe(chunk).read().unwrap_or_else(PoisonError::into_inner);
-            let mark = |state| match state {
-                Some(State::Dirty) => Some(State::Pushing(push)),
-                // Of an earlier push, which was dropped; never the other way round.
-                Some(State::Pushing(earlier)) if earlier < push => Some(State::Pushing(push)),
-                state => state,
-            };
+            let mark = |state| if state == Some(State::Dirty) { Some(State::Pushing) } else { state };
             let marked = self.pages().change(piece, mark);
             for (extent, _) in marked {
                 taken.push((extent, self.bytes(extent)?));
@@ -222,20 +215,20 @@ impl Shared {
         Ok(whole.freeze())
     }
 
-    /// The remote store has what this push took: what was not written since is clean.
-    pub(super) fn pushed(&self, push: u64) -> Result<(), StoreError> {
+    /// The remote store has what the push took: what was not written since is clean.
+    pub(super) fn pushed(&self) -> Result<(), StoreError> {
         let mut journal = self.journal();
         let clean = self
             .pages()
-            .change(self.layout.extent(), |state| if state == Some(State::Pushing(push)) { Some(State::Clean) } else { state });
+            .change(self.layout.extent(), |state| if state == Some(State::Pushing) { Some(State::Clean) } else { state });
         // What was pushed may be younger than what was flushed here last, and counts as the remote store's from now on.
         self.data.flush_now()?;
         journal.append(clean.into_iter().map(|(extent, _)| (extent, Some(Mark::Clean))))
     }
 
-    /// The remote store may not have what this push took.
-    pub(super) fn not_pushed(&self, push: u64) {
-        let dirty = |state| if state == Some(State::Pushing(push)) { Some(State::Dirty) } else { state };
+    /// The remote store may not have what the push took.
+    pub(super) fn not_pushed(&self) {
+        let dirty = |state| if state == Some(State::Pushing) { Some(State::Dirty) } else { state };
         self.pages().change(self.layout.extent(), dirty);
     }
 }
@@ -250,43 +243,4 @@ fn merged(parts: impl Iterator<Item = (Extent, bool)>) -> Vec<(Extent, bool)> {
         }
     }
     merged
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{super::disk, *};
-    use crate::PageSize;
-
-    const PAGE: usize = 4096;
-
-    #[test]
-    fn a_push_takes_over_what_a_dropped_one_marks_late() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("cache");
-        let layout = Layout { size_bytes: 8 * PAGE as u64, page_size: PageSize::KIB_4 };
-        let (journal, marks, lock) = disk::open(&path, layout, b"").unwrap();
-        let shared = Shared::new(layout, FileStore::open(&path, layout.page_size).unwrap(), journal, &marks, lock);
-        let page = Extent::page(3);
-        let state = || shared.pages().within(page)[0].1;
-        shared.write(page, &[7; PAGE], || false, |_| ()).unwrap();
-        shared.settle().unwrap();
-
-        // The first push was dropped, and its blocking thread marks after that; the second has begun.
-        shared.not_pushed(1);
-        assert_eq!(shared.dirty(), [page]);
-        assert_eq!(shared.take(page, 1).unwrap().len(), 1);
-        assert_eq!(shared.dirty(), [page], "a push that begins now would leave it out");
-        assert_eq!(shared.take(page, 2).unwrap()[0], (page, vec![7; PAGE].into()));
-        assert!(shared.take(page, 1).unwrap().is_empty());
-        shared.pushed(1).unwrap();
-        shared.not_pushed(1);
-        assert_eq!(state(), Some(State::Pushing(2)));
-        // A write takes the mark back.
-        shared.write(page, &[8; PAGE], || false, |_| ()).unwrap();
-        shared.pushed(2).unwrap();
-        assert_eq!(state(), Some(State::Dirty));
-        shared.take(page, 3).unwrap();
-        shared.pushed(3).unwrap();
-        assert_eq!(state(), Some(State::Clean));
-    }
 }
