@@ -5,9 +5,10 @@
 mod common;
 
 use common::*;
-use pageferry::{FaultAround, PageStore, Pager, Region};
+use pageferry::{FaultAround, Mount, PageStore, Pager, Region};
 use std::{
     hint::black_box,
+    os::fd::{AsRawFd, OwnedFd},
     sync::{
         Arc, Barrier,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -192,4 +193,60 @@ fn a_child_forked_while_its_region_ends_reads_no_zero() {
         assert!(inherited > 0);
     })
     .ends_well();
+}
+
+/// A page that is being evicted counts as here until it is dropped, and a child that is made between the two misses it.
+#[test]
+fn a_child_forked_while_pages_are_evicted_reads_no_zero() {
+    if !uffd_with_forks() {
+        return;
+    }
+    in_child("a_child_forked_while_pages_are_evicted_reads_no_zero", "fork", || {
+        const PAGES: u64 = 512;
+        let _watchdog = watchdog();
+        let mount = Mount::builder(Arc::new(memory(PAGES))).budget(1 << 20).fault_around(FaultAround::OFF).direct().open().unwrap();
+        let region = mount.region().clone();
+        inherit(&region);
+        let (over, start, mut seen) = (AtomicBool::new(false), Instant::now(), 0);
+        let (read_end, write_end) = nix::unistd::pipe().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Relaxed) {
+                    (0..PAGES).for_each(|page| assert_page(&region, page));
+                }
+            });
+            let _over = Over(&over);
+            while start.elapsed() < ENOUGH || seen != HERE | MISSING {
+                let found = ended(fork, || {
+                    let mut found = 0;
+                    for page in 0..PAGES {
+                        found |= match first_byte(&read_end, &write_end, address_of(&region, page)) {
+                            None => MISSING,
+                            // No page begins with one.
+                            Some(0) => return ZERO,
+                            Some(_) => HERE,
+                        };
+                    }
+                    found
+                });
+                assert_ne!(found, Ok(ZERO), "a child read a zero");
+                seen |= found.unwrap();
+            }
+        });
+    })
+    .ends_well();
+}
+
+const ZERO: i32 = 1;
+const HERE: i32 = 2;
+const MISSING: i32 = 4;
+
+/// The byte at an address, or that it cannot be read: the kernel answers EFAULT where a touch would raise a signal. For forked children.
+fn first_byte(read_end: &OwnedFd, write_end: &OwnedFd, address: usize) -> Option<u8> {
+    let mut byte = 0_u8;
+    // SAFETY: the kernel checks the address; what it reads goes nowhere but into the pipe.
+    let written = unsafe { libc::write(write_end.as_raw_fd(), address as *const libc::c_void, 1) };
+    // SAFETY: `byte` is valid for the call.
+    let read = if written == 1 { unsafe { libc::read(read_end.as_raw_fd(), (&raw mut byte).cast(), 1) } } else { 0 };
+    (read == 1).then_some(byte)
 }

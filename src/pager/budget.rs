@@ -114,6 +114,11 @@ impl Budget {
         self.leaving[index(page)]
     }
 
+    /// Those of `within` that are about to be dropped, or were and nobody has said so yet.
+    pub(crate) fn leaving(&self, within: Extent) -> impl Iterator<Item = Extent> + '_ {
+        within.pages().filter(|page| self.is_leaving(*page)).map(Extent::page)
+    }
+
     pub(crate) fn stays(&mut self, extent: Extent) {
         slice(&mut self.leaving, extent).fill(false);
     }

@@ -58,11 +58,16 @@ impl Engine {
         let mut missing: Vec<(u64, u64)> = Vec::new();
         for (at, segment) in state.map.segments() {
             match state.regions.get(&segment.region) {
-                Some(entry) => missing.extend(entry.residency().missing(segment.extent).map(|extent| {
-                    let address = at + self.page.offset_of(extent.first() - segment.extent.first());
-                    (address, extent.count())
-                })),
-                // The region is leaving, and what it missed is not known any more. Poison leaves alone what is present.
+                Some(entry) => {
+                    // Pages that are leaving may be gone, and count as here until somebody says so. Poison leaves alone what is present.
+                    let leaving = entry.core.budget().map(|budget| budget.leaving(segment.extent));
+                    let extents = entry.residency().missing(segment.extent).chain(leaving.into_iter().flatten());
+                    missing.extend(extents.map(|extent| {
+                        let address = at + self.page.offset_of(extent.first() - segment.extent.first());
+                        (address, extent.count())
+                    }));
+                }
+                // The region is leaving, and what it missed is not known any more.
                 None => missing.push((at, segment.extent.count())),
             }
         }

@@ -103,7 +103,7 @@ impl Core {
     /// What was chosen of `extent` is dropped, unless the program discarded it meanwhile. How many pages; [`Core::admit`] follows.
     pub(crate) fn evicted(&mut self, extent: Extent) -> u64 {
         let Core { residency, budget: Some(budget), .. } = self else { return 0 };
-        let gone: Vec<Extent> = extent.pages().filter(|page| budget.is_leaving(*page)).map(Extent::page).collect();
+        let gone: Vec<Extent> = budget.leaving(extent).collect();
         for page in &gone {
             residency.evict(*page);
             budget.evicted(*page, 1);
