@@ -22,6 +22,8 @@ const OVER_AFTER: Duration = Duration::from_secs(1);
 /// Between looks while nothing can be dropped, and between pushes that fail.
 const PACE: Duration = Duration::from_millis(50);
 const FAILED_PACE: Duration = Duration::from_millis(500);
+/// As the pager tries again what the kernel put off.
+const SOON: Duration = Duration::from_micros(200);
 /// While nothing is to be done.
 const IDLE: Duration = Duration::from_secs(3600);
 
@@ -65,6 +67,7 @@ impl Evictor {
                         }
                         break IDLE;
                     }
+                    Step::Later => break SOON,
                     Step::Stuck => {
                         self.push(&push, &mut pushed_at);
                         let since = *stuck_since.get_or_insert_with(Instant::now);

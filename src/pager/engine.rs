@@ -92,15 +92,14 @@ pub(super) struct State {
 impl State {
     /// Whether a discard says itself when it is done; asked once for each.
     pub(super) fn announced(&mut self, start: usize, len: usize) -> bool {
-        let found = self.discarding.iter().position(|announced| *announced == (start, len));
-        found.map(|at| self.discarding.swap_remove(at)).is_some()
+        was_said(&mut self.discarding, (start, len))
     }
+}
 
-    /// Whether pages are dropped that are evicted; asked once for each.
-    fn is_eviction(&mut self, start: usize, len: usize) -> bool {
-        let found = self.evictions.iter().position(|eviction| *eviction == (start, len));
-        found.map(|at| self.evictions.swap_remove(at)).is_some()
-    }
+/// Whether a range is among those that were announced, which it leaves.
+fn was_said(announced: &mut Vec<(usize, usize)>, range: (usize, usize)) -> bool {
+    let found = announced.iter().position(|said| *said == range);
+    found.map(|at| announced.swap_remove(at)).is_some()
 }
 
 /// What the pager knows of a region.
@@ -411,7 +410,7 @@ impl Engine {
     fn moved(&self, state: &mut State, message: &Message) {
         let (start, len) = match *message {
             // Made by `evict`: what becomes of the pages is decided when they are dropped.
-            Message::Remove { start, len } if state.is_eviction(start, len) => return,
+            Message::Remove { start, len } if was_said(&mut state.evictions, (start, len)) => return,
             Message::Remove { start, len } => {
                 let announced = state.announced(start, len);
                 for (_, segment) in state.map.within(start as u64, len as u64) {

@@ -62,6 +62,8 @@ pub(crate) enum Need {
     Nothing,
     /// These were chosen: drop them and say [`Engine::evicted`].
     Drop(Vec<Extent>),
+    /// Nothing can be dropped before the kernel has taken what it put off.
+    Later,
     /// Nothing can be dropped: all of it was written or touched just now, or is kept by a freeze.
     Stuck,
 }
@@ -167,8 +169,11 @@ impl Engine {
             if evicting.ended || excess == 0 {
                 return Need::Nothing;
             }
+            if put_off {
+                return Need::Later;
+            }
             // Twice around: the first pass takes from pages that they were touched.
-            if freezing.is_some() || put_off || passed > 2 * core.residency().extent().count() {
+            if freezing.is_some() || passed > 2 * core.residency().extent().count() {
                 return Need::Stuck;
             }
             let followed = tracking.as_ref().filter(|tracking| tracking.is_told_of_writes());

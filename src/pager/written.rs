@@ -47,8 +47,7 @@ impl Written {
 
     /// Pages that were written and are not acknowledged.
     pub(super) fn dirty_pages(&self) -> u64 {
-        let words = |plane: &Plane| plane.as_raw_slice().to_vec();
-        let taken = self.taken.as_ref().map_or_else(Vec::new, words);
+        let taken = self.taken.as_ref().map_or(&[][..], |taken| taken.as_raw_slice());
         let all = self.known.as_raw_slice().iter().zip(self.in_doubt.as_raw_slice()).enumerate();
         all.map(|(at, (known, doubt))| u64::from((known | doubt | taken.get(at).unwrap_or(&0)).count_ones())).sum()
     }

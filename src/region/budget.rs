@@ -15,6 +15,7 @@ use std::sync::Arc;
 pub(crate) enum Step {
     Enough,
     Dropped,
+    Later,
     Stuck,
 }
 
@@ -44,6 +45,7 @@ impl Region {
         let engine = paged.pager.engine();
         let chosen = match engine.choose_evictions(paged.id, mapping.address()) {
             Need::Nothing => return Step::Enough,
+            Need::Later => return Step::Later,
             Need::Stuck => return Step::Stuck,
             Need::Drop(chosen) => chosen,
         };
