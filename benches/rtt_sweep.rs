@@ -16,7 +16,7 @@ use common::{
     raw,
     server::{Content, Server},
 };
-use pageferry::{Mount, Region};
+use pageferry::{FaultAround, Mount, Region};
 use std::{
     cell::RefCell,
     process::ExitCode,
@@ -31,7 +31,7 @@ const RTTS_MS: [u64; 6] = [0, 1, 5, 10, 25, 50];
 /// Those that targets compare.
 const RTTS_QUICK_MS: [u64; 2] = [0, 25];
 /// Demand alone would take minutes over a far link: it is measured for this long, on as many pages as that gives.
-const DEMAND: Duration = Duration::from_millis(1000);
+const DEMAND: Duration = Duration::from_millis(800);
 
 fn main() -> ExitCode {
     common::run("rtt_sweep", bench)
@@ -55,11 +55,22 @@ fn bench(args: &Args) -> Result<Measured> {
         cases.push(Case::new([key("first_page_ms"), key("bound_first_page_ms")], with(first_page)));
         cases.push(Case::new([key("demand_random_mb_s")], with(demand_random)));
         cases.push(Case::new([key("demand_seq_mb_s")], with(demand_seq)));
+        cases.push(Case::new([key("single_random_mb_s"), key("single_seq_mb_s")], with(single)));
         cases.push(Case::new([key("managed_mb_s"), key("prepulled_mb")], with(managed)));
         cases.push(Case::new([key("write_mb_s")], with(write)));
     }
     let cases = cases.into_iter().map(|case| case.after(|| raw::have_memory(bytes))).collect();
     let mut measured = in_rounds(args, ROUNDS, cases)?;
+    for rtt_ms in rtts {
+        for (derived, way, beside) in
+            [("ahead_gain", "demand_seq", "single_seq"), ("random_ahead_ratio", "demand_random", "single_random")]
+        {
+            let of = |way: &str| measured.median(&format!("{way}_mb_s_rtt{rtt_ms}"));
+            if let (Some(ahead), Some(single)) = (of(way), of(beside)) {
+                measured.derived.push((format!("{derived}_rtt{rtt_ms}").leak(), ahead / single));
+            }
+        }
+    }
     measured.notes.push(format!(
         "{} MiB for every method and round trip, datagrams of {ETHERNET_MTU} bytes, delayed by the shaper under the client's socket, which is there at 0 ms too.",
         bytes / MIB
@@ -108,10 +119,24 @@ fn first_page(far: &Far) -> Result<Vec<f64>> {
 
 fn demand_random(far: &Far) -> Result<Vec<f64>> {
     let mount = far.direct()?;
+    demand(far, &mount, random_order(far))
+}
+
+/// A step that shares no factor with a power of two visits every page once.
+fn random_order(far: &Far) -> impl Iterator<Item = u64> {
     let pages = far.image.pages();
-    // A step that shares no factor with a power of two visits every page once.
-    let order = (0..pages).map(|at| at.wrapping_mul(0x9E37_79B1) % pages);
-    demand(far, &mount, order)
+    (0..pages).map(move |at| at.wrapping_mul(0x9E37_79B1) % pages)
+}
+
+/// What there was before read-ahead: a page for each fault and no other.
+fn single(far: &Far) -> Result<Vec<f64>> {
+    let mount = || {
+        let mount = Mount::builder(far.ferry.store()).pager(&far.ferry.pager).direct();
+        mount.fault_around(FaultAround::OFF).open()
+    };
+    let random = demand(far, &mount()?, random_order(far))?;
+    let seq = demand(far, &mount()?, 0..far.image.pages())?;
+    Ok([random, seq].concat())
 }
 
 fn demand_seq(far: &Far) -> Result<Vec<f64>> {
